@@ -1,0 +1,20 @@
+"""Adam that updates your own arrays in place, in one pass, with the same bits everywhere."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .adam import Adam, AdamW, StepResult
+
+if TYPE_CHECKING:
+    from . import schedules as schedules
+
+__version__ = "0.1.0"
+
+__all__ = ["Adam", "AdamW", "StepResult", "__version__", "schedules"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the schedules when they are first asked for: half of the import time."""
+    if name == "schedules":
+        return import_module(".schedules", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,80 @@
+"""Whose array is this, and is it usable: checks, one array at a time."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+def check_param(array: Any, label: str) -> None:
+    """Refuse what cannot be updated in place.
+
+    Raises
+    ------
+    TypeError
+        If it is no NumPy array of float32 or float64 in native byte order.
+    ValueError
+        If it is read-only, unaligned, or neither C- nor Fortran-contiguous.
+    """
+    _check_kind(array, label)
+    if array.dtype not in DTYPES:
+        raise TypeError(
+            f"{label}.dtype must be float32 or float64 in native byte order, got {array.dtype!r}"
+        )
+    if not array.flags.writeable:
+        raise ValueError(f"{label} must be writable, got a read-only array")
+    _check_layout(array, label)
+
+
+def check_grad(grad: Any, param: npt.NDArray[Any], label: str) -> None:
+    """Refuse a gradient whose elements do not pair with the parameter's, one by one.
+
+    Raises
+    ------
+    TypeError
+        If it is no NumPy array, or not of the parameter's dtype.
+    ValueError
+        If its shape or its memory order is not the parameter's.
+    """
+    _check_kind(grad, label)
+    if grad.dtype != param.dtype:
+        raise TypeError(
+            f"{label}.dtype must be its parameter's, {param.dtype!r}, got {grad.dtype!r}"
+        )
+    if grad.shape != param.shape:
+        raise ValueError(f"{label}.shape must be its parameter's, {param.shape}, got {grad.shape}")
+    _check_layout(grad, label)
+    same_order = grad.flags.c_contiguous if param.flags.c_contiguous else grad.flags.f_contiguous
+    if not same_order:
+        order = "C" if param.flags.c_contiguous else "Fortran"
+        raise ValueError(
+            f"{label} must be laid out in {order} order, as its parameter is, got strides"
+            f" {grad.strides} for shape {grad.shape}; numpy.asarray(grad,"
+            f" order={order[0]!r}) makes such a copy"
+        )
+
+
+def _check_kind(array: Any, label: str) -> None:
+    if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
+        kind = f"{type(array).__module__}.{type(array).__qualname__}"
+        raise TypeError(f"{label} must be a numpy.ndarray, got {kind}")
+
+
+def _check_layout(array: npt.NDArray[Any], label: str) -> None:
+    if not (array.flags.c_contiguous or array.flags.f_contiguous):
+        raise ValueError(
+            f"{label} must be contiguous, in C or Fortran order, got strides"
+            f" {array.strides} for shape {array.shape}"
+        )
+    if not array.flags.aligned:
+        raise ValueError(
+            f"{label} must be aligned to its {array.itemsize}-byte elements, got an array at"
+            f" an address that is not a multiple of it"
+        )
+
+
+def address(array: npt.NDArray[Any] | None) -> int:
+    """Return where the array's first element lies, 0 for None."""
+    return 0 if array is None else array.ctypes.data

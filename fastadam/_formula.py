@@ -1,0 +1,112 @@
+r"""The arithmetic of Adam over scalars, written once; every backend compiles it.
+
+Nothing here knows arrays, threads or devices. :func:`fma` is a stand-in: a
+backend binds its own fused multiply-add with :func:`bind`. Since every
+multiply-add is written out as one, no compiler has a contraction left to
+choose, and all of them round alike. The two functions compiled in the type of
+the parameter hold no float literal, which would promote float32 to float64.
+"""
+
+import math
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+
+def fma(a: Any, b: Any, c: Any) -> Any:
+    """Stand in for the fused multiply-add ``a*b + c`` of a backend."""
+    return a * b + c
+
+
+def bind(function: Callable[..., Any], **primitives: Any) -> Callable[..., Any]:
+    """Return the same code with some of its globals replaced."""
+    names = {**function.__globals__, **primitives}  # type: ignore[attr-defined]
+    return FunctionType(function.__code__, names, function.__name__)  # type: ignore[attr-defined]
+
+
+def adam_update(
+    param: Any,
+    grad: Any,
+    exp_avg: Any,
+    exp_avg_sq: Any,
+    max_exp_avg_sq: Any,
+    grad_factor: Any,
+    l2: Any,
+    decay: Any,
+    one_minus_beta1: Any,
+    beta2: Any,
+    one_minus_beta2: Any,
+    step_size: Any,
+    inv_sqrt_bias2: Any,
+    eps: Any,
+) -> tuple[Any, Any, Any, Any]:
+    """Update one element; all scalars are of the parameter's own type.
+
+    ``l2`` and ``max_exp_avg_sq`` are None where they are off, and the branch
+    is gone when the function is compiled.
+    """
+    grad = grad_factor * grad
+    if l2 is not None:
+        grad = fma(l2, param, grad)
+    exp_avg = fma(one_minus_beta1, grad - exp_avg, exp_avg)
+    exp_avg_sq = fma(one_minus_beta2 * grad, grad, beta2 * exp_avg_sq)
+    second_moment = exp_avg_sq
+    if max_exp_avg_sq is not None:
+        # Written so that a NaN in exp_avg_sq is taken, as PyTorch's maximum does.
+        if not max_exp_avg_sq >= exp_avg_sq:
+            max_exp_avg_sq = exp_avg_sq
+        second_moment = max_exp_avg_sq
+    denom = fma(math.sqrt(second_moment), inv_sqrt_bias2, eps)
+    param = fma(decay, param, -step_size * exp_avg / denom)
+    return param, exp_avg, exp_avg_sq, max_exp_avg_sq
+
+
+def one_minus_power(base: float, exponent: int) -> float:
+    """Return ``1 - base**exponent`` in float64, for base in [0, 1).
+
+    The C library's ``pow`` differs between machines in the last place, and
+    ``1 - b**t`` loses digits while t is small. The power is therefore made by
+    repeated squaring of an unevaluated sum high + low (Dekker 1971), about 106
+    bits wide, so that the difference is rounded once and alike everywhere.
+    """
+    high, low = 1.0, 0.0
+    square, square_low = base, 0.0
+    while exponent > 0:
+        if exponent & 1:
+            product = high * square
+            low = fma(high, square, -product) + (high * square_low + low * square)
+            high = product + low
+            low = (product - high) + low
+        product = square * square
+        square_low = fma(square, square, -product) + 2.0 * square * square_low
+        square = product + square_low
+        square_low = (product - square) + square_low
+        exponent >>= 1
+    return (1.0 - high) - low
+
+
+def step_scalars(
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    l2: float,
+    weight_decay: float,
+    grad_factor: float,
+    step: int,
+) -> tuple[float, float, float, float, float, float, float, float, float]:
+    """Return the scalars of one step, in float64, in the order of `adam_update`.
+
+    ``step`` counts from 1; ``lr`` already holds the schedule's factor.
+    """
+    return (
+        grad_factor,
+        l2,
+        1.0 - lr * weight_decay,
+        1.0 - beta1,
+        beta2,
+        1.0 - beta2,
+        lr / one_minus_power(beta1, step),
+        1.0 / math.sqrt(one_minus_power(beta2, step)),
+        eps,
+    )

@@ -1,0 +1,119 @@
+"""Groups of parameters: what the user gave, read, checked and named."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from . import _options
+from ._arrays import check_param
+from ._containers import Container
+from ._state import ParamState
+
+
+class Groups:
+    """The parameters of an optimizer in the order and the containers they came in.
+
+    Attributes
+    ----------
+    options : list of dict
+        The ``param_groups`` that the user sees.
+    states : list of ParamState
+        All parameters, group by group.
+    labels : list of str
+        What each parameter's gradient is called in messages.
+    """
+
+    def __init__(self, params: Any, defaults: Mapping[str, Any], *, amsgrad: bool) -> None:
+        self.defaults, self.amsgrad = dict(defaults), amsgrad
+        self.containers: list[Container] = []
+        self.options: list[dict[str, Any]] = []
+        self.states: list[ParamState] = []
+        # A sequence of dicts is one of groups; any other container is a group itself.
+        self.nested = isinstance(params, list | tuple) and any(
+            isinstance(param, Mapping) for param in params
+        )
+        for group in params if self.nested else [{"params": params}]:
+            self._append(group)
+        self._name()
+
+    def extended(self, group: Any) -> "Groups":
+        """Return these groups and one more; these stay as they are."""
+        new = object.__new__(Groups)
+        new.defaults, new.amsgrad, new.nested = self.defaults, self.amsgrad, True
+        new.containers, new.options = [*self.containers], [*self.options]
+        new.states = [*self.states]
+        new._append(group)
+        new._name()
+        return new
+
+    def _append(self, given: Any) -> None:
+        place = len(self.options)
+        label = f"params[{place}]" if self.nested else "params"
+        if not isinstance(given, Mapping) or "params" not in given:
+            raise TypeError(f"{label} must be a dict with 'params', got {given!r:.100}")
+        unknown = sorted(set(given) - {"params", *_options.NAMES}, key=str)
+        if unknown:
+            raise ValueError(
+                f"{label} must have 'params' and any of {', '.join(_options.NAMES)}, got {unknown}"
+            )
+        prefix = f"{label}." if self.nested else ""
+        chosen = {name: given.get(name, self.defaults[name]) for name in _options.NAMES}
+        options = _options.check_options(chosen, prefix)
+        inner = f"{label}['params']" if self.nested else label
+        container = Container(given["params"], inner)
+        first = len(self.states)
+        keys: Iterable[int | str] = container.names or range(first, first + len(container.arrays))
+        for key, array, name in zip(keys, container.arrays, container.labels(inner), strict=True):
+            check_param(array, name)
+            _options.check_fits(options, array.dtype, prefix)
+            self.states.append(ParamState.zeros(key, name, array, place, self.amsgrad))
+        options["params"] = tuple(container.arrays)
+        if container.names is not None:
+            options["param_names"] = tuple(container.names)
+        self.containers.append(container)
+        self.options.append(options)
+
+    def _name(self) -> None:
+        keys = [state.key for state in self.states]
+        if len(set(keys)) != len(keys):
+            twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+            raise ValueError(f"names must differ between groups, got {twice} more than once")
+        self.labels: list[str] = []
+        for k, container in enumerate(self.containers):
+            self.labels += container.labels(f"grads[{k}]" if self.nested else "grads")
+
+    def flatten(self, grads: Any) -> list[Any]:
+        """Return the gradients in the order of the parameters.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If they do not come in the containers of the parameters.
+        """
+        if not self.nested:
+            return self.containers[0].flatten(grads, "grads")
+        if isinstance(grads, Mapping | np.ndarray | str) or not isinstance(grads, Iterable):
+            raise TypeError(
+                f"grads must be a sequence with one entry a group, got {type(grads).__qualname__}"
+            )
+        entries = list(grads)
+        if len(entries) != len(self.containers):
+            raise ValueError(
+                f"grads must have one entry for each of {len(self.containers)} groups, got"
+                f" {len(entries)}"
+            )
+        flat = []
+        for k, (container, entry) in enumerate(zip(self.containers, entries, strict=True)):
+            flat += container.flatten(entry, f"grads[{k}]")
+        return flat
+
+    def dtypes(self, group: int) -> set[np.dtype[Any]]:
+        """Return the dtypes of a group's parameters."""
+        return {state.param.dtype for state in self.states if state.group == group}
+
+
+def describe(options: Mapping[str, Any], params: Sequence[Any]) -> str:
+    """Return one line on a group, for a repr."""
+    chosen = ", ".join(f"{name}={options[name]!r}" for name in _options.NAMES)
+    return f"{len(params)} parameters, {chosen}"

@@ -1,0 +1,89 @@
+"""The hyperparameters of a group: their names, their ranges, their messages."""
+
+import math
+from collections.abc import Callable, Mapping
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+NAMES = ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "maximize")
+
+
+def real(value: Any, name: str, *, low: float = 0.0, open_low: bool = False) -> float:
+    """Return a finite real number not under ``low`` as a float, or raise."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a real number, got {value!r}")
+    number = float(value)
+    in_range = number > low if open_low else number >= low
+    if not (in_range and math.isfinite(number)):
+        sign = ">" if open_low else ">="
+        raise ValueError(f"{name} must be finite and {sign} {low:g}, got {value!r}")
+    return number
+
+
+def flag(value: Any, name: str) -> bool:
+    """Return a bool, or raise TypeError."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
+def check_betas(value: Any, name: str) -> tuple[float, float]:
+    """Return the two betas as floats in [0, 1), or raise."""
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise TypeError(f"{name} must be a pair of real numbers, got {value!r}")
+    for k, beta in enumerate(value):
+        if isinstance(beta, bool | np.bool_) or not isinstance(beta, Real):
+            raise TypeError(f"{name}[{k}] must be a real number, got {beta!r}")
+        if not 0.0 <= float(beta) < 1.0:
+            raise ValueError(f"{name}[{k}] must be in [0, 1), got {beta!r}")
+    return float(value[0]), float(value[1])
+
+
+def check_options(options: Mapping[str, Any], label: str = "") -> dict[str, Any]:
+    """Return a group's hyperparameters, checked and as plain floats and bools.
+
+    Parameters
+    ----------
+    options : mapping
+        With all of `NAMES`.
+    label : str
+        What to put before an option's name in messages.
+
+    Raises
+    ------
+    TypeError
+        For a value of the wrong kind.
+    ValueError
+        For a value out of range or NaN.
+    """
+    return {
+        "lr": real(options["lr"], f"{label}lr"),
+        "betas": check_betas(options["betas"], f"{label}betas"),
+        "eps": real(options["eps"], f"{label}eps"),
+        "weight_decay": real(options["weight_decay"], f"{label}weight_decay"),
+        "decoupled_weight_decay": flag(
+            options["decoupled_weight_decay"], f"{label}decoupled_weight_decay"
+        ),
+        "maximize": flag(options["maximize"], f"{label}maximize"),
+    }
+
+
+def check_fits(options: Mapping[str, Any], dtype: np.dtype[Any], label: str = "") -> None:
+    """Refuse an eps that the parameters' own type rounds to zero.
+
+    Raises
+    ------
+    ValueError
+        A zero gradient would then be divided by zero.
+    """
+    if options["eps"] > 0.0 and dtype.type(options["eps"]) == 0.0:
+        raise ValueError(f"{label}eps must not round to 0 in {dtype.name}, got {options['eps']!r}")
+
+
+def check_schedule(schedule: Any) -> Callable[[int], float] | None:
+    """Return the schedule, or raise TypeError if it cannot be called."""
+    if schedule is not None and not callable(schedule):
+        raise TypeError(f"schedule must be None or callable, got {schedule!r}")
+    return schedule  # type: ignore[no-any-return]

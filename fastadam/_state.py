@@ -1,0 +1,163 @@
+"""State storage: the moments of each parameter."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from operator import index
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _options
+
+
+@dataclass(slots=True, eq=False)
+class ParamState:
+    """One parameter, the user's array, and its state, our arrays of the same layout."""
+
+    key: int | str  # in state_dict: its name, or its place where it has none
+    label: str  # in messages: params['wte']
+    param: npt.NDArray[Any]
+    group: int
+    exp_avg: npt.NDArray[Any]
+    exp_avg_sq: npt.NDArray[Any]
+    max_exp_avg_sq: npt.NDArray[Any] | None
+
+    @classmethod
+    def zeros(
+        cls, key: int | str, label: str, param: npt.NDArray[Any], group: int, amsgrad: bool
+    ) -> "ParamState":
+        """Allocate a parameter's state; the system hands out its pages when first touched."""
+        largest = zeros(param) if amsgrad else None
+        return cls(key, label, param, group, zeros(param), zeros(param), largest)
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Return the state's own arrays by the names they have in a state_dict."""
+        named = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        if self.max_exp_avg_sq is not None:
+            named["max_exp_avg_sq"] = self.max_exp_avg_sq
+        return named
+
+
+def zeros(like: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return zeros in the shape, dtype and memory order of ``like``."""
+    order = "C" if like.flags.c_contiguous else "F"
+    return np.zeros(like.shape, dtype=like.dtype, order=order)
+
+
+@dataclass(slots=True)
+class LoadedState:
+    """A state_dict that has been found to fit."""
+
+    arrays: list[Mapping[str, Any]]
+    steps: npt.NDArray[np.int64]
+    options: list[dict[str, Any]]
+    step_count: int
+
+
+def export_state(
+    states: Sequence[ParamState],
+    steps: npt.NDArray[np.int64],
+    groups: Sequence[Mapping[str, Any]],
+    step_count: int,
+) -> dict[str, Any]:
+    """Return copies of all state in PyTorch's form, the schedule's step beside it."""
+    state = {
+        s.key: {"step": int(step), **{name: a.copy("K") for name, a in s.arrays().items()}}
+        for s, step in zip(states, steps, strict=True)
+    }
+    param_groups = [
+        {
+            **{name: group[name] for name in _options.NAMES},
+            "params": [s.key for s in states if s.group == k],
+        }
+        for k, group in enumerate(groups)
+    ]
+    return {"state": state, "param_groups": param_groups, "step_count": step_count}
+
+
+def import_state(
+    state_dict: Mapping[str, Any],
+    states: Sequence[ParamState],
+    groups: Sequence[Mapping[str, Any]],
+) -> LoadedState:
+    """Check a state_dict against an optimizer; change nothing.
+
+    Raises
+    ------
+    TypeError
+        If its parts are of the wrong kind.
+    ValueError
+        If it does not fit; the message lists every mismatch.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__qualname__}")
+    for name, kind in (("state", Mapping), ("param_groups", Sequence)):
+        if not isinstance(state_dict.get(name), kind):
+            raise TypeError(
+                f"state_dict[{name!r}] must be a {kind.__name__.lower()}, got"
+                f" {state_dict.get(name)!r:.60}"
+            )
+    found, found_groups = state_dict["state"], state_dict["param_groups"]
+    wrong = [f"state has no {s.key!r}" for s in states if s.key not in found]
+    known = {s.key for s in states}
+    wrong += [
+        f"state has {key!r}, which the optimizer has not" for key in found if key not in known
+    ]
+    for s in states:
+        if s.key in found:
+            wrong += _mismatches(s, found[s.key])
+    options = []
+    if len(found_groups) != len(groups):
+        wrong.append(f"param_groups has {len(found_groups)} groups, not {len(groups)}")
+    else:
+        for k, group in enumerate(found_groups):
+            label = f"state_dict['param_groups'][{k}]."
+            missing = [n for n in (*_options.NAMES, "params") if n not in group]
+            if missing:
+                wrong.append(f"param_groups[{k}] has no {', '.join(missing)}")
+                continue
+            if list(group["params"]) != [s.key for s in states if s.group == k]:
+                wrong.append(f"param_groups[{k}] holds other parameters: {group['params']}")
+            options.append(_options.check_options(group, label))
+            for s in states:
+                if s.group == k:
+                    _options.check_fits(options[-1], s.param.dtype, label)
+    step_count = state_dict.get("step_count")
+    if not _is_count(step_count):
+        wrong.append(f"step_count must be an integer >= 0, not {step_count!r}")
+    if wrong:
+        raise ValueError("state_dict must fit the optimizer: " + "; ".join(wrong))
+    steps = np.array([index(found[s.key]["step"]) for s in states], dtype=np.int64)
+    return LoadedState([found[s.key] for s in states], steps, options, index(step_count))  # type: ignore[arg-type]
+
+
+def _mismatches(state: ParamState, found: Any) -> list[str]:
+    if not isinstance(found, Mapping):
+        return [f"state[{state.key!r}] is no mapping"]
+    place = f"state[{state.key!r}]"
+    wanted = state.arrays()
+    wrong = [f"{place} has no {name!r}" for name in ("step", *wanted) if name not in found]
+    wrong += [
+        f"{place} has {name!r}, which the optimizer has not"
+        for name in found
+        if name not in wanted and name != "step"
+    ]
+    if "step" in found and not _is_count(found["step"]):
+        wrong.append(f"{place}['step'] must be an integer >= 0, not {found['step']!r}")
+    for name, own in wanted.items():
+        if name in found:
+            array = np.asarray(found[name])
+            if array.shape != own.shape or array.dtype != own.dtype:
+                wrong.append(
+                    f"{place}[{name!r}] is {array.dtype.name} {array.shape}, not"
+                    f" {own.dtype.name} {own.shape}"
+                )
+    return wrong
+
+
+def _is_count(value: Any) -> bool:
+    try:
+        return not isinstance(value, bool) and 0 <= index(value) < 2**63
+    except TypeError:
+        return False

@@ -1,0 +1,1 @@
+"""One module per ecosystem that fastadam meets; each imports its ecosystem itself."""
