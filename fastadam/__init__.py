@@ -4,13 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .adam import Adam, AdamW, StepResult
+from .interop.objects import from_objects
 
 if TYPE_CHECKING:
     from . import schedules as schedules
 
 __version__ = "0.1.0"
 
-__all__ = ["Adam", "AdamW", "StepResult", "__version__", "schedules"]
+__all__ = ["Adam", "AdamW", "StepResult", "__version__", "from_objects", "schedules"]
 
 
 def __getattr__(name: str) -> Any:

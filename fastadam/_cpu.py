@@ -58,8 +58,8 @@ def update_chunk(
 
     ``max_exp_avg_sq``, ``l2`` and ``zero_grad`` are None where they are off.
     """
-    grad_factor, decay, one_minus_beta1, beta2 = s[0], s[2], s[3], s[4]
-    one_minus_beta2, step_size, inv_sqrt_bias2, eps = s[5], s[6], s[7], s[8]
+    grad_factor, decay, beta1, one_minus_beta1 = s[0], s[2], s[3], s[4]
+    beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps = s[5], s[6], s[7], s[8], s[9]
     for i in range(size):
         p, m, v, x = adam_update(
             load(param, i, eps, PARAM),
@@ -67,8 +67,8 @@ def update_chunk(
             load(exp_avg, i, eps, EXP_AVG),
             load(exp_avg_sq, i, eps, EXP_AVG_SQ),
             load(max_exp_avg_sq, i, eps, MAX_EXP_AVG_SQ),
-            grad_factor, l2, decay, one_minus_beta1, beta2,
-            one_minus_beta2, step_size, inv_sqrt_bias2, eps,
+            grad_factor, l2, decay, beta1, one_minus_beta1,
+            beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps,
         )  # fmt: skip
         store(param, i, p, PARAM)
         store(exp_avg, i, m, EXP_AVG)

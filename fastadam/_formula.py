@@ -33,6 +33,7 @@ def adam_update(
     grad_factor: Any,
     l2: Any,
     decay: Any,
+    beta1: Any,
     one_minus_beta1: Any,
     beta2: Any,
     one_minus_beta2: Any,
@@ -48,7 +49,9 @@ def adam_update(
     grad = grad_factor * grad
     if l2 is not None:
         grad = fma(l2, param, grad)
-    exp_avg = fma(one_minus_beta1, grad - exp_avg, exp_avg)
+    # Not exp_avg + (1-beta1)*(grad - exp_avg): with a small beta1 and a gradient
+    # smaller than the last place of exp_avg, nothing would be left of the gradient.
+    exp_avg = fma(beta1, exp_avg, one_minus_beta1 * grad)
     exp_avg_sq = fma(one_minus_beta2 * grad, grad, beta2 * exp_avg_sq)
     second_moment = exp_avg_sq
     if max_exp_avg_sq is not None:
@@ -94,7 +97,7 @@ def step_scalars(
     weight_decay: float,
     grad_factor: float,
     step: int,
-) -> tuple[float, float, float, float, float, float, float, float, float]:
+) -> tuple[float, float, float, float, float, float, float, float, float, float]:
     """Return the scalars of one step, in float64, in the order of `adam_update`.
 
     ``step`` counts from 1; ``lr`` already holds the schedule's factor.
@@ -103,6 +106,7 @@ def step_scalars(
         grad_factor,
         l2,
         1.0 - lr * weight_decay,
+        beta1,
         1.0 - beta1,
         beta2,
         1.0 - beta2,

@@ -14,7 +14,10 @@ def real(value: Any, name: str, *, low: float = 0.0, open_low: bool = False) -> 
     """Return a finite real number not under ``low`` as a float, or raise."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a real number, got {value!r}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer too large for a float
+        number = math.inf
     in_range = number > low if open_low else number >= low
     if not (in_range and math.isfinite(number)):
         sign = ">" if open_low else ">="

@@ -117,8 +117,12 @@ def import_state(
             if missing:
                 wrong.append(f"param_groups[{k}] has no {', '.join(missing)}")
                 continue
-            if list(group["params"]) != [s.key for s in states if s.group == k]:
-                wrong.append(f"param_groups[{k}] holds other parameters: {group['params']}")
+            keys = [key for key in group["params"] if isinstance(key, int | str)]
+            own = {s.key for s in states if s.group == k}
+            if len(keys) != len(group["params"]) or set(keys) != own:
+                wrong.append(
+                    f"param_groups[{k}] has other parameters: {keys}, not {sorted(own, key=str)}"
+                )
             options.append(_options.check_options(group, label))
             for s in states:
                 if s.group == k:

@@ -19,7 +19,7 @@ CHUNK_TENSOR, CHUNK_START, CHUNK_SIZE = range(3)
 # Elements in a chunk, the unit of work of a thread: under 1 microsecond.
 CHUNK = 8192
 # The scalars of one step: what `_formula.step_scalars` returns.
-SCALARS = 9
+SCALARS = 10
 
 
 class Memory:
@@ -123,6 +123,7 @@ class Plan:
             self.tables.append(Table(states, members))
         self.steps = steps
         self._refs: list[Callable[[], Any]] | None = None
+        self._boxes: list[Any] = []
         self._writable = True
 
     @property
@@ -158,11 +159,13 @@ class Plan:
         if writable and not self._writable:
             for grad, label in zip(grads, labels, strict=True):
                 if grad is not None and not grad.flags.writeable:
-                    raise ValueError(
-                        f"{label} must be writable for zero_grad=True, got a read-only array"
+                    kind = (
+                        "a NumPy scalar" if isinstance(grad, np.generic) else "a read-only array"
                     )
+                    raise ValueError(f"{label} must be writable for zero_grad=True, got {kind}")
 
     def _read_grads(self, grads: list[Any], labels: Sequence[str]) -> None:
+        given, grads = grads, [_boxed(grad) for grad in grads]
         for grad, state, label in zip(grads, self._states, labels, strict=True):
             if grad is not None:
                 check_grad(grad, state.param, label)
@@ -175,7 +178,16 @@ class Plan:
         # Weak references know the same array again without keeping it alive, and
         # NumPy refuses to resize, and so to move, an array that has one.
         self._refs = [_nothing if grad is None else weakref.ref(grad) for grad in grads]
+        self._boxes = [g for g, was in zip(grads, given, strict=True) if g is not was]
 
 
 def _nothing() -> None:
     """Stand for the reference to a gradient that was None."""
+
+
+def _boxed(grad: Any) -> Any:
+    """Return a NumPy scalar, what arithmetic on 0-d arrays gives, as a read-only array."""
+    if isinstance(grad, np.generic):
+        grad = np.asarray(grad)
+        grad.flags.writeable = False
+    return grad

@@ -1,0 +1,227 @@
+"""Objects with ``.data`` and ``.grad``: scalars of a hand-written autograd, or arrays."""
+
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..adam import Adam, StepResult
+
+
+class ObjectAdam:
+    """Adam over objects that carry their value and their gradient.
+
+    Made by `from_objects`. ``optimizer`` is the `Adam` underneath.
+
+    Examples
+    --------
+    >>> import fastadam
+    >>> class Value:
+    ...     def __init__(self, data):
+    ...         self.data, self.grad = data, 0.0
+    >>> x = Value(3.0)
+    >>> opt = fastadam.from_objects([x], lr=0.1)
+    >>> x.grad = 2 * x.data
+    >>> opt.step()
+    StepResult(step=0, lr=0.1)
+    >>> round(x.data, 6), x.grad
+    (2.9, 0.0)
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        **options: Any,
+    ) -> None:
+        if isinstance(params, Mapping | str | bytes) or not isinstance(params, Iterable):
+            raise TypeError(
+                f"params must be a sequence of objects with .data and .grad, got"
+                f" {type(params).__qualname__}"
+            )
+        self._objects = list(params)
+        self._scalars: list[int] = []
+        first_seen: dict[int, int] = {}
+        for k, thing in enumerate(self._objects):
+            if not (hasattr(thing, "data") and hasattr(thing, "grad")):
+                raise TypeError(
+                    f"params[{k}] must have .data and .grad, got {type(thing).__qualname__}"
+                )
+            if first_seen.setdefault(id(thing), k) != k:
+                raise ValueError(
+                    f"params[{first_seen[id(thing)]}] and params[{k}] must be different objects"
+                )
+            if not isinstance(thing.data, np.ndarray):
+                self._scalars.append(k)
+        # All the scalars lie in one array of float64, each a parameter of its own:
+        # one without a gradient this time keeps its own step count.
+        self._values = np.zeros(len(self._scalars))
+        self._slopes = np.zeros(len(self._scalars))
+        self._arrays: list[npt.NDArray[Any]] = [thing.data for thing in self._objects]
+        self._grads: list[npt.NDArray[Any] | None] = [None] * len(self._objects)
+        self._views = {}
+        for place, k in enumerate(self._scalars):
+            self._arrays[k] = self._values[place : place + 1].reshape(())
+            self._views[k] = self._slopes[place : place + 1].reshape(())
+        self._read_values()
+        self.optimizer = Adam(self._arrays, lr, betas, eps, **options)
+
+    def step(self, *, grad_scale: float = 1.0) -> StepResult:
+        """Read every ``.grad``, update every ``.data``, reset every ``.grad`` to 0.
+
+        A scalar gets a new float as ``.data``; an array is updated in place,
+        and its gradient zeroed in place. None leaves an object as it is.
+
+        Parameters
+        ----------
+        grad_scale : float
+            What the gradients had been multiplied by, > 0.
+
+        Returns
+        -------
+        StepResult
+            The step, counted from 0, and the learning rate it used.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For a value or gradient of the wrong kind, as `Adam.step`. No
+            object has then been changed.
+        """
+        self._read_values()
+        grads = [self._read_grad(k, thing) for k, thing in enumerate(self._objects)]
+        result = self.optimizer.step(grads, grad_scale=grad_scale, zero_grad=True)
+        for k, value in zip(self._scalars, self._values.tolist(), strict=True):
+            if grads[k] is not None:
+                self._objects[k].data = value
+                self._objects[k].grad = 0.0
+        return result
+
+    def _read_values(self) -> None:
+        scalars = [self._objects[k].data for k in self._scalars]
+        for k, value in zip(self._scalars, scalars, strict=True):
+            if type(value) is not float:
+                _check_real(value, f"params[{k}].data", "a real number or a numpy.ndarray")
+        self._values[:] = scalars
+
+    def _read_grad(self, k: int, thing: Any) -> npt.NDArray[Any] | None:
+        grad = thing.grad
+        if grad is None:
+            return None
+        view = self._views.get(k)
+        if view is not None:
+            if type(grad) is not float:
+                _check_real(grad, f"params[{k}].grad", "a real number or None")
+            view[()] = grad
+            return view
+        if thing.data is not self._arrays[k]:
+            raise ValueError(
+                f"params[{k}].data must stay the array it was when the optimizer was made,"
+                f" updated in place, got another one"
+            )
+        if isinstance(grad, np.ndarray):
+            return grad
+        # A gradient reset to the number 0, and nothing added to it since.
+        _check_real(grad, f"params[{k}].grad", "a numpy.ndarray, a real number or None")
+        return np.full_like(self._arrays[k], grad, subok=False)
+
+    @property
+    def step_count(self) -> int:
+        """Calls of `step` so far."""
+        return self.optimizer.step_count
+
+    @property
+    def lr(self) -> float:
+        """The learning rate before the schedule; can be set."""
+        return self.optimizer.lr
+
+    @lr.setter
+    def lr(self, lr: float) -> None:
+        self.optimizer.lr = lr
+
+    @property
+    def schedule(self) -> Callable[[int], float] | None:
+        """The factor on ``lr`` as a function of the step, or None; can be set."""
+        return self.optimizer.schedule
+
+    @schedule.setter
+    def schedule(self, schedule: Callable[[int], float] | None) -> None:
+        self.optimizer.schedule = schedule
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The hyperparameters, as in `Adam.param_groups`."""
+        return self.optimizer.param_groups
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a copy of the state, by place, as `Adam.state_dict`."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over such a state, as `Adam.load_state_dict`."""
+        self.optimizer.load_state_dict(state_dict)
+
+    def __repr__(self) -> str:
+        return f"from_objects({self.optimizer!r})"
+
+
+def _check_real(value: Any, label: str, rule: str) -> None:
+    if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
+        raise TypeError(f"{label} must be {rule}, got {value!r:.60}")
+
+
+def from_objects(
+    params: Iterable[Any],
+    lr: float = 1e-2,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    **options: Any,
+) -> ObjectAdam:
+    """Return an optimizer over objects with ``.data`` and ``.grad``.
+
+    Its ``step()`` takes no gradients: it reads each object's ``.grad``,
+    writes its ``.data`` and resets ``.grad`` to 0.
+
+    Parameters
+    ----------
+    params : iterable of objects
+        Each with ``.data``, a real number (computed with in float64) or a
+        NumPy array of float32 or float64 (updated in place), and ``.grad``,
+        of the same kind, or None.
+    lr, betas, eps, **options
+        As in `Adam`.
+
+    Returns
+    -------
+    ObjectAdam
+        With ``step()``, ``step_count``, ``lr``, ``schedule``,
+        ``param_groups``, ``state_dict()``, ``load_state_dict()``.
+
+    Raises
+    ------
+    TypeError
+        If an object lacks ``.data`` or ``.grad``, or they are of no such kind.
+    ValueError
+        If an object comes twice, or a hyperparameter is out of range.
+
+    Examples
+    --------
+    >>> import fastadam
+    >>> class Value:
+    ...     def __init__(self, data):
+    ...         self.data, self.grad = data, 0.0
+    >>> params = [Value(1.0), Value(-2.0)]
+    >>> schedule = fastadam.schedules.cosine(100)
+    >>> opt = fastadam.from_objects(params, lr=0.1, schedule=schedule)
+    >>> for step in range(100):
+    ...     for p in params:
+    ...         p.grad += 2 * p.data
+    ...     result = opt.step()
+    >>> all(abs(p.data) < 0.1 for p in params)
+    True
+    """
+    return ObjectAdam(params, lr, betas, eps, **options)

@@ -1,0 +1,57 @@
+"""A trajectory through every option, and a digest of the bits it ends in; run as a script too."""
+
+import hashlib
+import sys
+from itertools import pairwise
+
+import numpy as np
+
+import fastadam
+from fastadam import schedules
+
+MODES = (
+    {},
+    {"weight_decay": 0.1},
+    {"weight_decay": 0.1, "decoupled_weight_decay": True},
+    {"amsgrad": True, "maximize": True, "betas": (0.9, 0.999), "lr": 1e-3},
+)
+SIZE, STEPS = 70_001, 12
+
+
+def cut(array, pieces):
+    """Cut into contiguous views, of sizes that no vector length divides."""
+    if pieces == 1:
+        return [array]
+    edges = np.linspace(0, array.size, pieces + 1).astype(int)
+    return [array[start:end] for start, end in pairwise(edges)]
+
+
+def trajectory(dtype, mode, pieces=1, size=SIZE):
+    """Return the bytes of parameters and moments after some steps."""
+    # Integers turned to floats: the draws are the same under every NumPy.
+    raw = np.random.Generator(np.random.PCG64(7)).integers(-(2**20), 2**20, (STEPS + 1, size))
+    values = (raw / 2**20).astype(dtype)
+    param = values[0].copy()
+    opt = fastadam.Adam(cut(param, pieces), schedule=schedules.cosine(20), **mode)
+    for step in range(STEPS):
+        opt.step(cut(values[step + 1], pieces), grad_scale=1.5)
+    moments = [
+        np.concatenate([opt.state[k][name] for k in range(pieces)])
+        for name in ("exp_avg", "exp_avg_sq")
+    ]
+    return b"".join(array.astype(f"<f{param.itemsize}").tobytes() for array in (param, *moments))
+
+
+def digest(pieces=1, size=SIZE):
+    """Return a digest for each dtype, over all modes."""
+    found = {}
+    for dtype in (np.float32, np.float64):
+        bits = hashlib.sha256()
+        for mode in MODES:
+            bits.update(trajectory(dtype, mode, pieces, size))
+        found[np.dtype(dtype).name] = bits.hexdigest()[:32]
+    return found
+
+
+if __name__ == "__main__":
+    sys.stdout.write(repr(digest()))

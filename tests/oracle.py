@@ -1,0 +1,96 @@
+"""What the tests compare with. Nothing here imports fastadam.
+
+`tutorial` is the loop that the library grew from, in plain Python floats.
+`Reference` is the same arithmetic with every option, in NumPy float64.
+"""
+
+import math
+
+import numpy as np
+
+
+def tutorial(params, grads_of, num_steps, steps, lr=1e-2, b1=0.9, b2=0.95, eps=1e-8):
+    """Run the tutorial's loop over flat lists of floats; return the params after each step."""
+    params = list(params)
+    m = [0.0] * len(params)
+    v = [0.0] * len(params)
+    trajectory = []
+    for step in range(steps):
+        grads = grads_of(step, params)
+        lr_t = lr * 0.5 * (1 + math.cos(math.pi * step / num_steps))
+        for i, g in enumerate(grads):
+            m[i] = b1 * m[i] + (1 - b1) * g
+            v[i] = b2 * v[i] + (1 - b2) * g**2
+            m_hat = m[i] / (1 - b1 ** (step + 1))
+            v_hat = v[i] / (1 - b2 ** (step + 1))
+            params[i] -= lr_t * m_hat / (v_hat**0.5 + eps)
+        trajectory.append(list(params))
+    return trajectory
+
+
+class Reference:
+    """Adam with every option over one array, kept in float64 whatever it is given."""
+
+    def __init__(
+        self,
+        param,
+        lr=1e-2,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        weight_decay=0.0,
+        decoupled_weight_decay=False,
+        amsgrad=False,
+        maximize=False,
+        schedule=None,
+    ):
+        self.param = np.array(param, dtype=np.float64)
+        self.exp_avg = np.zeros_like(self.param)
+        self.exp_avg_sq = np.zeros_like(self.param)
+        self.max_exp_avg_sq = np.zeros_like(self.param) if amsgrad else None
+        self.lr, self.betas, self.eps = lr, betas, eps
+        self.weight_decay, self.decoupled = weight_decay, decoupled_weight_decay
+        self.maximize, self.schedule = maximize, schedule
+        self.step_count = self.updates = 0
+
+    def step(self, grad, grad_scale=1.0):
+        lr = self.lr * (1.0 if self.schedule is None else self.schedule(self.step_count))
+        self.step_count += 1
+        if grad is None:
+            return
+        self.updates += 1
+        b1, b2 = self.betas
+        g = np.asarray(grad, dtype=np.float64) / grad_scale
+        g = -g if self.maximize else g
+        if self.weight_decay and not self.decoupled:
+            g = g + self.weight_decay * self.param
+        self.exp_avg = b1 * self.exp_avg + (1 - b1) * g
+        self.exp_avg_sq = b2 * self.exp_avg_sq + (1 - b2) * g * g
+        second = self.exp_avg_sq
+        if self.max_exp_avg_sq is not None:
+            second = self.max_exp_avg_sq = np.maximum(self.max_exp_avg_sq, self.exp_avg_sq)
+        m_hat = self.exp_avg / (1 - b1**self.updates)
+        v_hat = second / (1 - b2**self.updates)
+        if self.decoupled:
+            self.param = self.param * (1 - lr * self.weight_decay)
+        self.param = self.param - lr * m_hat / (np.sqrt(v_hat) + self.eps)
+
+    def arrays(self):
+        named = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        if self.max_exp_avg_sq is not None:
+            named["max_exp_avg_sq"] = self.max_exp_avg_sq
+        return named
+
+
+def ulps(got, exact, scale):
+    """Largest difference in units in the last place of ``got``'s dtype.
+
+    A difference of numbers that cancel has the error of its terms, so the
+    unit is that of the largest term, ``scale``, of the result if None.
+    """
+    got, exact = np.asarray(got), np.asarray(exact, dtype=np.float64)
+    if got.size == 0:
+        return 0.0
+    rounded = exact.astype(got.dtype)
+    scale = np.abs(rounded) if scale is None else np.maximum(np.abs(rounded), np.abs(scale))
+    unit = np.spacing(scale.astype(got.dtype)).astype(np.float64)
+    return float(np.max(np.abs(got.astype(np.float64) - rounded.astype(np.float64)) / unit))

@@ -1,0 +1,98 @@
+"""The same bits: threads, paths, cuts, instruction sets, runs."""
+
+import ast
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import numba
+import numpy as np
+import pytest
+from digest_run import MODES, digest, trajectory
+
+import fastadam
+from fastadam import _cpu
+
+# What every machine, processor and version must end in. If a change of the
+# formula is meant, print(digest()) gives the new ones.
+DIGEST = {
+    "float32": "6778bbe08ac20ae9696894a2004f6fc4",
+    "float64": "f1dc580fed602ec972509384ddc4a283",
+}
+
+
+@pytest.mark.parametrize("pieces", [1, 100])
+def test_stored_digest(pieces):
+    assert digest(pieces) == DIGEST
+
+
+def test_serial_and_parallel_path(monkeypatch):
+    monkeypatch.setattr(_cpu, "SERIAL_BELOW", 2**60)
+    assert digest() == DIGEST
+    monkeypatch.setattr(_cpu, "SERIAL_BELOW", 0)
+    assert digest() == DIGEST
+    assert digest(pieces=37) == DIGEST
+
+
+def test_both_paths_are_taken(monkeypatch):
+    """The digests above would prove nothing if one path served both."""
+    taken = []
+    for name in ("update_serial", "update_parallel"):
+        kernel = getattr(_cpu, name)
+
+        def note(*args, name=name, kernel=kernel):
+            taken.append(name)
+            kernel(*args)
+
+        monkeypatch.setattr(_cpu, name, note)
+    small, large = np.ones(10), np.ones(_cpu.SERIAL_BELOW)
+    fastadam.Adam(small).step(small.copy())
+    fastadam.Adam(large).step(large.copy())
+    assert taken == ["update_serial", "update_parallel"]
+
+
+def test_one_thread_and_two():
+    threads = numba.get_num_threads()
+    if threads < 2:
+        pytest.skip("one processor")
+    try:
+        for count in (1, 2):
+            numba.set_num_threads(count)
+            assert digest() == DIGEST
+    finally:
+        numba.set_num_threads(threads)
+
+
+CPUS = {
+    "avx512": {"NUMBA_CPU_NAME": "skylake-avx512"},
+    "avx2": {"NUMBA_CPU_NAME": "haswell"},
+    "plain": {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": ""},
+}
+
+
+def supports(cpu):
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if os.name == "posix" else ""
+    return {"avx512": "avx512dq" in flags, "avx2": " avx2 " in flags, "plain": True}[cpu]
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86-64 only")
+@pytest.mark.parametrize("cpu", CPUS)
+def test_instruction_sets(cpu, tmp_path):
+    if not Path("/proc/cpuinfo").exists() or not supports(cpu):
+        pytest.skip(f"no {cpu} on this processor")
+    env = {**os.environ, **CPUS[cpu], "NUMBA_CACHE_DIR": str(tmp_path)}
+    script = Path(__file__).parent / "digest_run.py"
+    done = subprocess.run(
+        [sys.executable, str(script)], env=env, capture_output=True, text=True, check=True
+    )
+    assert ast.literal_eval(done.stdout) == DIGEST
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 63, 64, 65, 300, 8191, 8192, 8193])
+def test_vector_loop_and_its_remainder_agree(mode, size):
+    """An element's bits do not depend on whether it fell to the vectors or to the rest."""
+    alone = trajectory(np.float32, mode, pieces=size if size <= 300 else 3, size=size)
+    assert trajectory(np.float32, mode, pieces=1, size=size) == alone

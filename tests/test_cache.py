@@ -1,0 +1,122 @@
+"""The compile cache: hits, edits, writers at once, damage, folders that cannot be written."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastadam
+
+STEP = """
+import json, os, sys
+import numpy as np, fastadam
+from fastadam import _cpu
+param = np.ones(8, np.dtype(os.environ.get("TEST_DTYPE", "float32")))
+fastadam.Adam(param, lr=0.5).step(np.ones_like(param))
+stats = _cpu.update_serial.stats
+hits, misses = sum(stats.cache_hits.values()), sum(stats.cache_misses.values())
+print(json.dumps([hits, misses, round(float(param[0]), 6)]))
+"""
+
+
+def start(tmp_path, code=STEP, **env):
+    env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache"), **env}
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=env,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    hits, misses, value = json.loads(out)
+    return hits, misses, value
+
+
+def run(tmp_path, **env):
+    return finish(start(tmp_path, **env))
+
+
+def kernels(tmp_path):
+    return sorted((tmp_path / "cache").rglob("*.nbc"))
+
+
+def test_second_process_is_served_and_damage_is_noticed(tmp_path):
+    assert run(tmp_path) == (0, 1, 0.5)
+    assert run(tmp_path) == (1, 0, 0.5)
+    (kernel,) = kernels(tmp_path)
+    content = kernel.read_bytes()
+    for damaged in (
+        b"",
+        content[:-100],
+        content[:500] + bytes([content[500] ^ 1]) + content[501:],
+    ):
+        kernel.write_bytes(damaged)
+        assert run(tmp_path) == (0, 1, 0.5)
+    assert run(tmp_path) == (1, 0, 0.5)
+    assert not [path for path in kernels(tmp_path) if path != kernel]
+
+
+@pytest.mark.parametrize(
+    ("source", "old", "new", "value"),
+    [
+        ("_formula.py", "-step_size * exp_avg / denom", "step_size * exp_avg / denom", 1.5),
+        ("_cpu.py", "store(param, i, p, PARAM)", "store(param, i, p + p, PARAM)", 1.0),
+        ("_jit.py", "builder.fma(*args)", "builder.fma(args[0], args[1], args[1])", None),
+    ],
+)
+def test_an_edit_is_never_served_stale(tmp_path, source, old, new, value):
+    """A copy of the package, run, edited in one file with the same size and time, run again."""
+    package = tmp_path / "fastadam"
+    shutil.copytree(
+        Path(fastadam.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__")
+    )
+    env = {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    assert run(tmp_path, **env) == (0, 1, 0.5)
+    assert run(tmp_path, **env) == (1, 0, 0.5)
+    path = package / source
+    text, times = path.read_text(encoding="utf-8"), path.stat()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    hits, misses, found = run(tmp_path, **env)
+    assert (hits, misses) == (0, 1)
+    assert found != 0.5
+    if value is not None:
+        assert found == value
+
+
+def test_processes_that_start_at_once(tmp_path):
+    """Two dtypes compiled at once by four processes: each gets its own kernel, then and later."""
+    dtypes = ["float32", "float64", "float32", "float64"]
+    together = [start(tmp_path, TEST_DTYPE=dtype) for dtype in dtypes]
+    assert [finish(process)[2] for process in together] == [0.5] * 4
+    assert len(kernels(tmp_path)) == 2
+    for dtype in dtypes[:2]:
+        assert run(tmp_path, TEST_DTYPE=dtype) == (1, 0, 0.5)
+
+
+def test_no_folder_to_write_to(tmp_path):
+    """Without a cache folder every process compiles, and works."""
+    package = tmp_path / "fastadam"
+    shutil.copytree(
+        Path(fastadam.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__")
+    )
+    blocked = tmp_path / "blocked"
+    blocked.write_text("a file where folders would have to be")
+    code = (
+        "import os, numba.core.caching as c\n"
+        "c._CacheLocator.ensure_cache_path = lambda self: (_ for _ in ()).throw(OSError())\n"
+        + STEP
+    )
+    env = {"NUMBA_CACHE_DIR": str(blocked / "x"), "PYTHONPATH": str(tmp_path)}
+    assert finish(start(tmp_path, code, **env))[2] == 0.5

@@ -1,0 +1,70 @@
+"""What the compiler made of the kernel: packed square roots and divisions, real fma."""
+
+import os
+import platform
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from numba import njit
+
+from fastadam import _cpu, _jit
+
+pytestmark = pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason="reads x86-64 assembly"
+)
+
+
+def assembly(dtype, amsgrad, zero_grad, parallel):
+    kernel = njit(parallel=parallel, **_jit.FLAGS)(_cpu.update_tensors)  # no cache: it has no text
+    tensors, chunks = np.zeros((0, 10), np.int64), np.zeros((0, 3), np.int64)
+    groups, scalars = np.zeros((0, 7)), np.zeros((0, 10), dtype)
+    kernel(tensors, chunks, groups, scalars, amsgrad, dtype(0) if zero_grad else None)
+    (signature,) = kernel.signatures
+    return kernel.overloads[signature].library.get_asm_str()
+
+
+def count(pattern, text):
+    return len(re.findall(rf"^\s+v?{pattern}\b", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize(("amsgrad", "zero_grad"), [(None, False), (True, True)])
+@pytest.mark.parametrize(("dtype", "kind"), [(np.float32, "s"), (np.float64, "d")])
+def test_loops_are_vectorised(dtype, kind, amsgrad, zero_grad, parallel):
+    """Both loops, without and with L2; scalar code is for remainders and the prologue only."""
+    text = assembly(dtype, amsgrad, zero_grad, parallel)
+    for operation in ("sqrt", "div"):
+        packed = count(f"{operation}p{kind}", text)
+        assert packed >= 2, f"{operation} is not packed"
+        prologue = 1 if operation == "sqrt" else 2
+        scalar = count(f"{operation}s{kind}", text) - (prologue if kind == "d" else 0)
+        assert scalar <= packed, f"{scalar} scalar against {packed} packed {operation}"
+    assert not re.search(r"\bv?gather|\bv?scatter", text)
+    if kind == "s":  # nothing of the loop is widened to float64
+        assert count("cvtps2pd", text) == 0
+
+
+CHILD = """
+import numpy as np, test_machine_code as t
+text = t.assembly(np.float32, None, False, False)
+print(t.count(r"fn?madd\\d+ps", text), text.count("fmaf"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("cpu", "features", "fused"), [("haswell", None, True), ("x86-64", "", False)]
+)
+def test_fma_is_an_instruction_or_an_exact_call(cpu, features, fused):
+    """Where there is no instruction, the library's fma is called: slow, the same bits."""
+    env = {**os.environ, "NUMBA_CPU_NAME": cpu, "PYTHONPATH": os.path.dirname(__file__)}  # noqa: PTH120
+    if features is not None:
+        env["NUMBA_CPU_FEATURES"] = features
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD], env=env, capture_output=True, text=True, check=True
+    )
+    instructions, calls = map(int, done.stdout.split())
+    # Four of them to an element without L2, five with it.
+    assert (instructions >= 9, calls > 0) == (fused, not fused)
