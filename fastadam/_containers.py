@@ -19,7 +19,8 @@ class Container:
         self.names: list[str] | None = None
         self.single = False
         if isinstance(params, np.ndarray):
-            self.single, self.arrays = True, [params]
+            self.single = True
+            self.arrays: list[Any] = [params]
         elif isinstance(params, Mapping):
             self.names, self.arrays = list(params), list(params.values())
             for name in self.names:
@@ -72,7 +73,7 @@ class Container:
                 f" got {len(missing)} missing {missing[:5]} and {len(unknown)} unknown"
                 f" {unknown[:5]}"
             )
-        refused = Mapping | str | bytes | set | np.ndarray
+        refused = (Mapping, str, bytes, set, np.ndarray)
         if isinstance(grads, refused) or not isinstance(grads, Iterable):
             raise TypeError(
                 f"{label} must be a sequence, as params is, got {type(grads).__qualname__}"

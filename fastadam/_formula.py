@@ -20,8 +20,8 @@ def fma(a: Any, b: Any, c: Any) -> Any:
 
 def bind(function: Callable[..., Any], **primitives: Any) -> Callable[..., Any]:
     """Return the same code with some of its globals replaced."""
-    names = {**function.__globals__, **primitives}  # type: ignore[attr-defined]
-    return FunctionType(function.__code__, names, function.__name__)  # type: ignore[attr-defined]
+    names = {**function.__globals__, **primitives}
+    return FunctionType(function.__code__, names, function.__name__)
 
 
 def adam_update(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +41,7 @@ class ParamState:
 
 def zeros(like: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return zeros in the shape, dtype and memory order of ``like``."""
-    order = "C" if like.flags.c_contiguous else "F"
+    order: Literal["C", "F"] = "C" if like.flags.c_contiguous else "F"
     return np.zeros(like.shape, dtype=like.dtype, order=order)
 
 
