@@ -5,6 +5,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+# What to do with another library's array.
+_HINTS = {
+    "torch": "; tensor.detach().numpy() is an array over the memory of a CPU tensor",
+    "jax": "; JAX arrays cannot be updated in place",
+    "jaxlib": "; JAX arrays cannot be updated in place",
+}
+
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 
 
@@ -59,7 +66,8 @@ def check_grad(grad: Any, param: npt.NDArray[Any], label: str) -> None:
 def _check_kind(array: Any, label: str) -> None:
     if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
         kind = f"{type(array).__module__}.{type(array).__qualname__}"
-        raise TypeError(f"{label} must be a numpy.ndarray, got {kind}")
+        hint = _HINTS.get(kind.partition(".")[0], "")
+        raise TypeError(f"{label} must be a numpy.ndarray, got {kind}{hint}")
 
 
 def _check_layout(array: npt.NDArray[Any], label: str) -> None:

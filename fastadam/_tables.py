@@ -122,6 +122,8 @@ class Plan:
             members = [k for k, state in enumerate(states) if state.param.dtype == dtype]
             self.tables.append(Table(states, members))
         self.steps = steps
+        # NumPy refuses to resize, and so to move, an array that has a weak reference.
+        self._pins = [weakref.ref(state.param) for state in states]
         self._refs: list[Callable[[], Any]] | None = None
         self._boxes: list[Any] = []
         self._writable = True
@@ -154,7 +156,11 @@ class Plan:
             where ``writable`` is asked for.
         """
         refs = self._refs
-        if refs is None or any(ref() is not g for ref, g in zip(refs, grads, strict=True)):
+        # A dead reference gives None too: it must not pass for a None that came again.
+        if refs is None or any(
+            ref() is not grad or (grad is None and ref is not _nothing)
+            for ref, grad in zip(refs, grads, strict=True)
+        ):
             self._read_grads(grads, labels)
         if writable and not self._writable:
             for grad, label in zip(grads, labels, strict=True):
@@ -175,8 +181,7 @@ class Plan:
         for table in self.tables:
             table.tensors[:, GRAD] = starts[table.members]
         self._writable = all(grad is None or grad.flags.writeable for grad in grads)
-        # Weak references know the same array again without keeping it alive, and
-        # NumPy refuses to resize, and so to move, an array that has one.
+        # Weak references know the same array again without keeping it alive.
         self._refs = [_nothing if grad is None else weakref.ref(grad) for grad in grads]
         self._boxes = [g for g, was in zip(grads, given, strict=True) if g is not was]
 

@@ -260,9 +260,9 @@ class Adam:
         self._schedule = _options.check_schedule(schedule)
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:
+    def param_groups(self) -> tuple[dict[str, Any], ...]:
         """The groups' hyperparameters; what is changed here holds from the next step on."""
-        return self._groups.options
+        return tuple(self._groups.options)
 
     @property
     def state(self) -> dict[int | str, dict[str, Any]]:

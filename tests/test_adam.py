@@ -161,6 +161,17 @@ def test_none_leaves_a_parameter_and_its_step_count(rng):
     assert opt.step_count == 10
 
 
+def test_none_after_a_gradient_that_has_been_freed():
+    """A dead reference and a None look alike; the freed memory must not be read again."""
+    first, second, kept = np.zeros(3), np.zeros(3), np.ones(3)
+    opt = fastadam.Adam([first, second], lr=0.1)
+    opt.step([kept, np.ones(3)])
+    before = second.copy()
+    opt.step([kept, None])
+    np.testing.assert_array_equal(second, before)
+    assert [opt.state[k]["step"] for k in (0, 1)] == [2, 1]
+
+
 def test_all_none_counts_a_step_of_the_schedule_only():
     param = np.ones(3)
     opt = fastadam.Adam([param])

@@ -355,3 +355,23 @@ def test_setting_lr_and_schedule():
     assert [group["lr"] for group in opt.param_groups] == [0.01, 1.0]
     with pytest.raises(TypeError, match="schedule must be None or callable"):
         opt.schedule = 1.0
+
+
+def test_arrays_in_use_cannot_be_moved():
+    """The kernel knows addresses: a resize would leave it a pointer to freed memory."""
+    param, grad = np.zeros(10), np.ones(10)
+    opt = fastadam.Adam(param)
+    opt.step(grad)
+    for array in (param, grad):
+        with pytest.raises(ValueError, match="cannot resize"):
+            array.resize(10**6, refcheck=False)
+    opt.step(grad)
+
+
+def test_arrays_of_other_libraries_are_refused_with_a_hint(optional):
+    torch = optional("torch")
+    with pytest.raises(TypeError, match=r"got torch.Tensor; tensor.detach\(\).numpy\(\) is"):
+        fastadam.Adam([torch.zeros(3)])
+    tensor = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    fastadam.Adam([tensor.detach().numpy()], lr=0.5).step([np.ones(3)])
+    assert tensor.tolist() == pytest.approx([-0.5] * 3)

@@ -153,7 +153,7 @@ class ObjectAdam:
         self.optimizer.schedule = schedule
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:
+    def param_groups(self) -> tuple[dict[str, Any], ...]:
         """The hyperparameters, as in `Adam.param_groups`."""
         return self.optimizer.param_groups
 
