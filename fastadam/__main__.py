@@ -1,0 +1,7 @@
+"""``python -m fastadam`` is the ``fastadam`` command."""
+
+import sys
+
+from fastadam.cli import main
+
+sys.exit(main())

@@ -1,0 +1,235 @@
+"""``fastadam info``: what a step would use on this machine, and what stands in its way."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from typing import TYPE_CHECKING, Any
+
+from fastadam.cli import probe, say
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Mapping
+
+__all__ = ["add_parser", "gather", "run"]
+
+# By these, libraries other than Numba count their threads; launchers set them to 1.
+NOT_NUMBA = "OMP_NUM_THREADS MKL_NUM_THREADS OPENBLAS_NUM_THREADS VECLIB_MAXIMUM_THREADS"
+BINDING = "OMP_PROC_BIND OMP_PLACES GOMP_CPU_AFFINITY KMP_AFFINITY"
+# Where launchers say how many processes they started on this machine: torchrun, Open MPI, MPICH
+# and Intel MPI, MVAPICH2, srun (as in "4" or "4(x2)").
+LOCAL_PROCESSES = (
+    "LOCAL_WORLD_SIZE OMPI_COMM_WORLD_LOCAL_SIZE MPI_LOCALNRANKS MV2_COMM_WORLD_LOCAL_SIZE"
+    " SLURM_STEP_TASKS_PER_NODE"
+)
+
+
+def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Add ``info`` to the commands.
+
+    Parameters
+    ----------
+    subparsers : argparse subparsers action
+        Of the ``fastadam`` parser; modified.
+    """
+    parser = subparsers.add_parser(
+        "info",
+        help="show what fastadam uses on this machine",
+        description=(
+            "Show versions, SIMD, threads, GPU and compile cache as a step would find them "
+            "here, and warn of settings that slow it down."
+        ),
+    )
+    parser.add_argument("--json", action="store_true", help="print the same as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Gather and print.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        From the parser of `add_parser`.
+
+    Returns
+    -------
+    int
+        0.
+    """
+    facts = gather()
+    text = json.dumps(facts, indent=1, allow_nan=False) if args.json else _render(facts)
+    say(text)
+    return 0
+
+
+def gather() -> dict[str, Any]:
+    """Find out what a step would use in this process.
+
+    Compiles two small functions and launches Numba's threads, about one
+    second in all; a child forked afterwards may not survive a step.
+
+    Returns
+    -------
+    dict
+        Fit for JSON, with the keys
+
+        ``versions``
+            Name to version; in ``optional``, those that are installed.
+        ``machine``
+            ``system``, ``cpu`` (str); ``cpus``, ``cpus_allowed`` (int: in the
+            machine, by this process's affinity); ``cpu_quota`` (float or
+            None: CPUs' worth of time that the control group grants).
+        ``simd``
+            ``summary`` (str); ``compiled_for`` (str or None: LLVM's name of
+            the processor); ``instructions`` (str or None: the set it uses);
+            ``float32_per_instruction`` (int, None if not known before run
+            time); ``fma`` (bool: there is an instruction).
+        ``threads``
+            ``count`` (int); ``layer``, ``error`` (str or None: the layer, or
+            why there is none); ``layers`` (dict of layer to bools
+            ``available``, ``survives_fork``, ``concurrent_steps``); ``seen``
+            (int: how many took part in a launch); ``on_cpus`` (int or None:
+            CPUs that they may run on); ``main_bound`` (bool: the launch
+            narrowed the main thread's affinity); ``parallel_from`` (int:
+            elements from which a step uses several threads).
+        ``gpu``
+            ``used`` (bool), ``visible`` (list of str), ``summary`` (str).
+        ``cache``
+            ``folder`` (str or None), ``writable`` (bool), ``kernels`` (int),
+            ``bytes`` (int).
+        ``warnings``
+            List of str.
+
+    Examples
+    --------
+    >>> from fastadam.cli.info import gather
+    >>> sorted(gather())
+    ['cache', 'gpu', 'machine', 'simd', 'threads', 'versions', 'warnings']
+    """
+    facts: dict[str, Any] = {
+        "versions": probe.versions(),
+        "machine": probe.machine(),  # before the launch, which may narrow the affinity
+        "simd": probe.simd(),
+        "threads": probe.threads(),
+        "gpu": probe.gpu(),
+        "cache": probe.cache(),
+    }
+    facts["warnings"] = _warnings(facts, os.environ)
+    return facts
+
+
+def _warnings(facts: Mapping[str, Any], environ: Mapping[str, str]) -> list[str]:
+    """Name what serialises a step, oversubscribes the CPUs, or makes processes compile."""
+    machine, threads, cache = facts["machine"], facts["threads"], facts["cache"]
+    cpus, allowed, quota = (machine[key] for key in ("cpus", "cpus_allowed", "cpu_quota"))
+    count, seen, on_cpus = (threads[key] for key in ("count", "seen", "on_cpus"))
+    asked, limit = environ.get("NUMBA_NUM_THREADS"), environ.get("OMP_THREAD_LIMIT")
+    binding = _settings(BINDING, environ) or "by default"
+    found = []
+    if facts["simd"]["compiled_for"] is None:
+        return ["NUMBA_DISABLE_JIT is set: nothing is compiled, and a step fails"]
+    if threads["error"] is not None:
+        found.append(f"steps on several threads will fail: {threads['error']}")
+
+    if allowed < cpus:
+        found.append(
+            f"the affinity of this process allows {allowed} of {cpus} CPUs: set by taskset, a"
+            " container, a launcher, or OpenMP at its start"
+        )
+    if count < allowed:
+        means = "every step is serial" if count == 1 else "the others stay idle"
+        by = "" if asked is None else f" (NUMBA_NUM_THREADS={asked})"
+        found.append(f"{count} of {allowed} CPUs used{by}: {means}")
+    elif count > allowed:
+        by = "" if asked is None else f" (NUMBA_NUM_THREADS={asked})"
+        found.append(f"{count} threads share {allowed} CPUs{by}: large steps are slowed down")
+    if quota is not None and quota < min(count, allowed):
+        found.append(
+            f"the control group (a container's CPU limit) grants the time of {quota:g} CPUs to"
+            f" {count} threads: set NUMBA_NUM_THREADS={max(1, int(quota))}"
+        )
+    if threads["layer"] is not None and seen < count:
+        why = f" (OMP_THREAD_LIMIT={limit})" if limit and threads["layer"] == "omp" else ""
+        found.append(f"only {seen} of {count} threads took part in a launch{why}")
+    if on_cpus is not None and on_cpus < min(count, allowed):
+        found.append(f"OpenMP binds {count} threads to {on_cpus} of {allowed} CPUs ({binding})")
+    elif threads["main_bound"]:
+        found.append(
+            f"OpenMP binds the main thread too ({binding}): where it is loaded before Numba (by"
+            " torch, say), and in child processes, Numba counts fewer CPUs; NUMBA_NUM_THREADS"
+            " sets how many"
+        )
+    for name in LOCAL_PROCESSES.split():
+        number = re.match(r"\d+", environ.get(name, ""))
+        processes = int(number[0]) if number else 1
+        if processes > 1 and processes * count > cpus:
+            found.append(
+                f"{processes} processes ({name}={environ[name]}) of {count} threads share {cpus}"
+                f" CPUs: set NUMBA_NUM_THREADS={max(1, cpus // processes)}"
+            )
+            break
+    # Numba reads none of these: it takes one thread for every CPU that the affinity allows.
+    ignored = _settings(NOT_NUMBA, environ, unless=str(count))
+    if ignored:
+        found.append(
+            f"{ignored}: does not reach Numba, which uses {count}; NUMBA_NUM_THREADS sets how many"
+        )
+
+    if not cache["writable"]:
+        where = "no folder for it" if cache["folder"] is None else "its folder cannot be written"
+        found.append(
+            f"compile cache: {where}, so that processes compile for themselves; set"
+            " NUMBA_CACHE_DIR to a folder that can be written"
+        )
+    return found
+
+
+def _settings(names: str, environ: Mapping[str, str], unless: str | None = None) -> str:
+    """Return those of the variables that are set, but not to ``unless``, as ``A=1 B=2``."""
+    values = ((name, environ.get(name)) for name in names.split())
+    return " ".join(f"{name}={value}" for name, value in values if value not in (None, unless))
+
+
+def _render(facts: Mapping[str, Any]) -> str:
+    versions, machine, simd = facts["versions"], facts["machine"], facts["simd"]
+    threads, cache, parallel_from = (
+        facts["threads"],
+        facts["cache"],
+        facts["threads"]["parallel_from"],
+    )
+    optional = ", ".join(f"{name} {version}" for name, version in versions["optional"].items())
+    quota = machine["cpu_quota"]
+    forced = _settings("NUMBA_CPU_NAME NUMBA_CPU_FEATURES NUMBA_ENABLE_AVX", os.environ)
+    rows = [
+        ("fastadam", versions["fastadam"]),
+        ("Python", versions["python"]),
+        ("NumPy", versions["numpy"]),
+        ("Numba", f"{versions['numba']}, llvmlite {versions['llvmlite']}"),
+        ("optional", optional or "none"),
+        ("system", machine["system"]),
+        ("CPU", machine["cpu"]),
+        ("SIMD", simd["summary"]),
+        ("", f"for {simd['compiled_for'] or 'no processor'}{f' ({forced})' if forced else ''}"),
+        ("CPUs", f"{machine['cpus']}, {machine['cpus_allowed']} allowed"),
+        ("", "" if quota is None else f"the time of {quota:g} granted"),
+        ("threads", f"{threads['count']} ({threads['seen']} took part in a launch)"),
+        ("", f"from {parallel_from:,} elements on; smaller steps stay on one"),
+    ]
+    for name, layer in threads["layers"].items():
+        state = "available" if layer["available"] else "not available"
+        state = "in use" if name == threads["layer"] else state
+        fork = "works" if layer["survives_fork"] else "kills it"
+        calls = "work" if layer["concurrent_steps"] else "abort"
+        text = f"{name}, {state}: a step in a forked child {fork}, concurrent steps {calls}"
+        rows.append(("layers" if name == "tbb" else "", text))
+    rows += [("GPU", facts["gpu"]["summary"]), ("cache", cache["folder"] or "none")]
+    if cache["folder"] is not None:
+        writable = "writable" if cache["writable"] else "not writable"
+        size = f"{cache['bytes'] / 2**20:.1f} MiB"
+        rows.append(("", f"{writable}; {cache['kernels']} kernels, {size}"))
+    rows += [("warning", warning) for warning in facts["warnings"]]
+    width = max(len(key) for key, _ in rows)
+    return "\n".join(f"{key:<{width}}  {value}" for key, value in rows if value)

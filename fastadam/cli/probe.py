@@ -1,0 +1,293 @@
+"""What `fastadam info` looks up: versions, processor, threads, GPU, compile cache.
+
+Each function returns one entry of `fastadam.cli.info.gather`, described there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+OPTIONAL = (
+    "autograd matplotlib rich torch jax scipy mpi4py cupy-cuda12x cupy-cuda13x numba-cuda tbb"
+)
+# Numba's threading layers: the module that holds it; whether a child forked after a parallel step
+# can take one; whether several Python threads can be in one at once.
+LAYERS = {
+    "tbb": ("tbbpool", True, True),
+    "omp": ("omppool", sys.platform != "linux", True),  # on Linux, GNU OpenMP
+    "workqueue": ("workqueue", True, False),
+}
+
+
+def versions() -> dict[str, Any]:
+    """Return the versions of fastadam and of what it works with."""
+    import fastadam
+
+    optional = {}
+    for name in OPTIONAL.split():
+        try:
+            optional[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "fastadam": fastadam.__version__,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in ("numpy", "numba", "llvmlite")},
+        "optional": optional,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Return what the system says of the processor."""
+    cpus = os.cpu_count() or 1
+    return {
+        "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cpus": cpus,
+        "cpus_allowed": len(_affinity() or range(cpus)),
+        "cpu_quota": cpu_quota(),
+    }
+
+
+def _cpu_name() -> str:
+    name = ""
+    try:
+        if sys.platform == "darwin":
+            command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+            name = subprocess.run(command, capture_output=True, text=True, timeout=5).stdout  # noqa: S603
+        elif sys.platform == "linux":
+            text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+            found = re.search(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)
+            name = found[1] if found else ""
+    except (OSError, subprocess.SubprocessError):
+        pass
+    return name.strip() or platform.processor() or "unknown"
+
+
+def _affinity(task: int | str = 0) -> set[int]:
+    try:
+        return set(os.sched_getaffinity(int(task)))
+    except (AttributeError, OSError):  # only Linux has it; a thread may be gone
+        return set()
+
+
+def cpu_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Any:
+    """Return how many CPUs' worth of time the control groups grant, None for no limit."""
+    quotas = []
+    try:
+        lines = own.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        base = root / controllers if controllers else root
+        # Every group above can limit as well; a container may show only its own, at the root.
+        folder = base / path.strip("/")
+        for group in (folder, *folder.parents):
+            quotas.append(_group_quota(group))
+            if group == base:
+                break
+    return min((quota for quota in quotas if quota), default=None)
+
+
+def _group_quota(group: Path) -> float | None:
+    try:
+        if (group / "cpu.max").exists():  # version 2: "50000 100000", or "max 100000"
+            quota, period = (group / "cpu.max").read_text(encoding="utf-8").split()
+        else:
+            quota, period = (
+                (group / f"cpu.cfs_{name}_us").read_text(encoding="utf-8")
+                for name in ("quota", "period")
+            )
+        return int(quota) / int(period) if int(quota) > 0 else None
+    except (OSError, ValueError):
+        return None
+
+
+def simd() -> dict[str, Any]:
+    """Compile a loop as the kernels are compiled, and look at the machine code.
+
+    The names of processor and features do not tell: LLVM prefers 256-bit
+    vectors on some processors that have wider ones, and NUMBA_CPU_NAME alone
+    leaves the host's features on.
+    """
+    from fastadam import _jit
+
+    numba: Any = import_module("numba")
+    if numba.config.DISABLE_JIT:
+        summary = "none: NUMBA_DISABLE_JIT is set"
+        return {**read_assembly(""), "summary": summary, "compiled_for": None}
+    fma: Any = _jit.fma
+
+    def loop(array: Any) -> None:
+        for i in range(array.size):
+            x = array[i]
+            array[i] = fma(x, x, math.sqrt(x) / x)
+
+    compiled = _jit.inline(loop)
+    compiled.compile((numba.float32[::1],))
+    (assembly,) = compiled.inspect_asm().values()
+    target = import_module("numba.core.registry").cpu_target.target_context
+    return {**read_assembly(assembly), "compiled_for": target.codegen().magic_tuple()[1]}
+
+
+def read_assembly(assembly: str) -> dict[str, Any]:
+    """Return what a loop of square roots and multiply-adds was compiled to."""
+    # By square roots: a multiply-add without an instruction for it is a call, one at a time.
+    roots = " ".join(re.findall(r"^\s*((?:v?sqrt[ps]s|fsqrt)[.\s].*)$", assembly, re.MULTILINE))
+    fma = re.search(r"^\s*(vfmadd|fmadd|fmla|fmad)", assembly, re.MULTILINE) is not None
+    kinds: tuple[tuple[str, str | None, int | None], ...] = (
+        ("zmm", "AVX-512", 16),
+        ("ymm", "AVX2" if fma else "AVX", 8),
+        ("vsqrtps", "128-bit AVX", 4),
+        ("sqrtps", "SSE2", 4),
+        ("vsqrtss", "AVX", 1),
+        ("sqrtss", "SSE2", 1),
+        (r"\bz\d+\.s", "SVE", None),  # as wide as the processor has it
+        (r"\.4s", "NEON", 4),
+        ("", None, 1),
+    )
+    instructions, lanes = next(kind[1:] for kind in kinds if re.search(kind[0], roots))
+    width = f", {lanes} float32 per instruction" if lanes else ""
+    return {
+        "summary": f"{instructions or 'no vectors'}{width},"
+        f" {'FMA' if fma else 'no FMA instruction: exact but slow'}",
+        "instructions": instructions,
+        "float32_per_instruction": lanes,
+        "fma": fma,
+    }
+
+
+def threads() -> dict[str, Any]:
+    """Launch Numba's threads, and count those that come."""
+    from fastadam import _cpu, _jit
+
+    np, numba = import_module("numpy"), import_module("numba")
+
+    def who(out: Any) -> None:
+        for i in numba.prange(out.size):
+            out[i] = numba.get_thread_id()
+
+    count, layer, error = numba.config.NUMBA_NUM_THREADS, None, None
+    affinity, tasks, seen = _affinity(), _tasks(), set()
+    try:
+        # Not kept on disk: the digest of the kernels' sources does not cover this file.
+        launch = numba.njit(parallel=True, **_jit.FLAGS)(who)
+        out = np.zeros(64 * count, dtype=np.int64)
+        # TBB may leave so little work to fewer threads: each launch gives the rest a chance.
+        for _ in range(50):
+            launch(out)
+            seen.update(out.tolist())
+            if len(seen) >= count:
+                break
+        layer, count = numba.threading_layer(), numba.get_num_threads()
+    except (ValueError, ImportError, RuntimeError) as problem:
+        error = " ".join(str(problem).split())
+    on_cpus = _affinity().union(*(_affinity(task) for task in _tasks() - tasks))
+    return {
+        "count": count,
+        "layer": layer,
+        "error": error,
+        "layers": {
+            name: {
+                "available": _has_layer(name),
+                "survives_fork": survives_fork,
+                "concurrent_steps": concurrent_steps,
+            }
+            for name, (_, survives_fork, concurrent_steps) in LAYERS.items()
+        },
+        "seen": len(seen),
+        "on_cpus": len(on_cpus) or None,
+        "main_bound": _affinity() < affinity,
+        "parallel_from": _cpu.SERIAL_BELOW,
+    }
+
+
+def _tasks() -> set[str]:
+    try:
+        return {path.name for path in Path("/proc/self/task").iterdir()}
+    except OSError:
+        return set()
+
+
+def _has_layer(name: str) -> bool:
+    try:
+        if name == "tbb":
+            import_module("numba.np.ufunc.parallel")._check_tbb_version_compatible()
+        import_module(f"numba.np.ufunc.{LAYERS[name][0]}")
+    except ImportError:
+        return False
+    return True
+
+
+def gpu() -> dict[str, Any]:
+    """Return which GPUs there are; this version uses none."""
+    reason, visible = cuda_devices()
+    if visible:
+        reason = f"{', '.join(visible)} visible, not used"
+    return {
+        "used": False,
+        "visible": visible,
+        "summary": f"{reason}; this version runs on the CPU only",
+    }
+
+
+def cuda_devices() -> tuple[str, list[str]]:
+    """Ask the driver itself, so that no CUDA package is needed or imported."""
+    if sys.platform == "darwin":
+        return "no CUDA on macOS", []
+    library = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+    try:
+        cuda = ctypes.CDLL(library)
+    except OSError:
+        return f"no NVIDIA driver found ({library} could not be loaded)", []
+    count, device, name = ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(256)
+    status = cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count))
+    if status:
+        return f"the NVIDIA driver is there but finds no GPU (CUDA error {status})", []
+    names = []
+    for ordinal in range(count.value):
+        if not cuda.cuDeviceGet(ctypes.byref(device), ordinal):
+            cuda.cuDeviceGetName(name, len(name), device)
+            names.append(name.value.decode(errors="replace"))
+    return "the NVIDIA driver shows no GPU", names
+
+
+def cache() -> dict[str, Any]:
+    """Return where compiled kernels are kept, and how many there are."""
+    from fastadam import _cpu
+
+    cache = getattr(_cpu.update_serial, "_cache", None)
+    folder = getattr(cache, "cache_path", None)  # None: Numba found no folder to write to
+    if folder is None:
+        return {"folder": None, "writable": False, "kernels": 0, "bytes": 0}
+    try:
+        # What access rights say is not all: a file system can be read-only, or full.
+        with tempfile.TemporaryFile(dir=folder):
+            writable = True
+    except OSError:
+        writable = False
+    sizes = []
+    for path in Path(folder).glob("fastadam.*.nbc"):
+        try:
+            sizes.append(path.stat().st_size)
+        except OSError:  # removed just now
+            continue
+    return {
+        "folder": str(folder),
+        "writable": writable,
+        "kernels": len(sizes),
+        "bytes": sum(sizes),
+    }
