@@ -27,5 +27,5 @@ assert subprocess.run([command, "info"], check=True).returncode == 0
 # The demo's packages are absent here: one clear line, not a traceback.
 done = subprocess.run([command, "train"], capture_output=True, text=True, check=False)
 assert done.returncode == 2, done
-assert 'fastadam[demo]' in done.stderr, done.stderr
+assert "fastadam[demo]" in done.stderr, done.stderr
 assert "Traceback" not in done.stderr, done.stderr

@@ -1,5 +1,6 @@
 """The CPU backend: one kernel call updates any number of separate arrays."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from numba import prange
@@ -107,18 +108,20 @@ update_serial = _jit.kernel(update_tensors)
 update_parallel = _jit.kernel(update_tensors, parallel=True)
 
 
-def update(table: Table, groups: Any, *, amsgrad: bool, zero_grad: bool) -> None:
-    """Update every tensor of the table that has a gradient, in one kernel call.
+def update(tables: Sequence[Table], groups: Any, *, amsgrad: bool, zero_grad: bool) -> None:
+    """Update every tensor that has a gradient, in one kernel call for each dtype.
 
     Writes the parameters, their state, their step counts and, with
     ``zero_grad``, the gradients.
     """
-    run = update_serial if table.size < SERIAL_BELOW else update_parallel
-    run(
-        table.tensors,
-        table.chunks,
-        groups,
-        table.scalars,
-        True if amsgrad else None,
-        table.zero if zero_grad else None,
-    )
+    calls = []
+    for table in tables:
+        run = update_serial if table.size < SERIAL_BELOW else update_parallel
+        flags = True if amsgrad else None, table.zero if zero_grad else None
+        calls.append((run, table, flags))
+    if len(calls) > 1:
+        # What can fail, compiling and starting threads, must do so before the first write.
+        for run, table, flags in calls:
+            run(table.tensors[:0], table.chunks[:0], groups, table.scalars, *flags)
+    for run, table, flags in calls:
+        run(table.tensors, table.chunks, groups, table.scalars, *flags)

@@ -218,8 +218,7 @@ class Adam:
         step = self._step_count
         plan.take_grads(groups.flatten(grads), groups.labels, writable=zero_grad)
         lr = scalars.refresh(step, self._schedule, grad_scale)
-        for table in plan.tables:
-            update(table, scalars.rows, amsgrad=groups.amsgrad, zero_grad=zero_grad)
+        update(plan.tables, scalars.rows, amsgrad=groups.amsgrad, zero_grad=zero_grad)
         self._step_count = step + 1
         return StepResult(step, lr)
 

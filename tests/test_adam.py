@@ -7,7 +7,7 @@ import pytest
 from oracle import Reference, tutorial, ulps
 
 import fastadam
-from fastadam import schedules
+from fastadam import _cpu, schedules
 
 SHAPES = [(), (0,), (1,), (7,), (3, 5), (2, 3, 4), (257,), (64, 33)]
 MODES = {
@@ -216,6 +216,25 @@ def test_dtypes_mixed_in_one_optimizer():
     np.testing.assert_array_equal(params["a"], 1.0)
     np.testing.assert_allclose(params["b"], 1.1, rtol=1e-7)
     np.testing.assert_allclose(params["c"], 0.9, rtol=1e-6)
+
+
+def test_mixed_dtypes_are_updated_all_or_none(monkeypatch):
+    """A kernel that fails to compile does so before another dtype's has written."""
+
+    def fail(tensors, chunks, groups, scalars, amsgrad, zero_grad):
+        if scalars.dtype == np.float32:
+            raise RuntimeError("no threads to be had")
+        kernel(tensors, chunks, groups, scalars, amsgrad, zero_grad)
+
+    kernel = _cpu.update_serial
+    params = [np.ones(2), np.ones(2, np.float32)]
+    opt = fastadam.Adam(params)
+    monkeypatch.setattr(_cpu, "update_serial", fail)
+    with pytest.raises(RuntimeError, match="no threads"):
+        opt.step([np.ones(2), np.ones(2, np.float32)])
+    for param in params:
+        np.testing.assert_array_equal(param, 1.0)
+    assert [opt.step_count, *(s["step"] for s in opt.state.values())] == [0, 0, 0]
 
 
 def test_containers():
