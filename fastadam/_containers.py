@@ -23,6 +23,7 @@ class Container:
             self.arrays: list[Any] = [params]
         elif isinstance(params, Mapping):
             self.names, self.arrays = list(params), list(params.values())
+            self._known = set(self.names)
             for name in self.names:
                 if not isinstance(name, str):
                     raise TypeError(f"{label} must be keyed by str, got key {name!r}")
@@ -61,13 +62,10 @@ class Container:
                     f"{label} must be a mapping by name, as params is, got"
                     f" {type(grads).__qualname__}"
                 )
-            if len(grads) == len(self.names):
-                try:
-                    return [grads[name] for name in self.names]
-                except KeyError:
-                    pass
+            if grads.keys() == self._known:
+                return [grads[name] for name in self.names]
             missing = [name for name in self.names if name not in grads]
-            unknown = [name for name in grads if name not in set(self.names)]
+            unknown = [name for name in grads if name not in self._known]
             raise ValueError(
                 f"{label} must have the names of params (None where there is no gradient),"
                 f" got {len(missing)} missing {missing[:5]} and {len(unknown)} unknown"

@@ -1,5 +1,6 @@
 """Groups of parameters: what the user gave, read, checked and named."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -51,7 +52,10 @@ class Groups:
         place = len(self.options)
         label = f"params[{place}]" if self.nested else "params"
         if not isinstance(given, Mapping) or "params" not in given:
-            raise TypeError(f"{label} must be a dict with 'params', got {given!r:.100}")
+            raise TypeError(
+                f"{label} must be a dict with 'params', got {type(given).__qualname__}"
+                f" {given!r:.60}"
+            )
         unknown = sorted(set(given) - {"params", *_options.NAMES}, key=str)
         if unknown:
             raise ValueError(
@@ -77,8 +81,8 @@ class Groups:
     def _name(self) -> None:
         keys = [state.key for state in self.states]
         if len(set(keys)) != len(keys):
-            twice = sorted({str(key) for key in keys if keys.count(key) > 1})
-            raise ValueError(f"names must differ between groups, got {twice} more than once")
+            twice = [str(key) for key, count in Counter(keys).items() if count > 1]
+            raise ValueError(f"names must differ between groups, got {twice[:5]} more than once")
         self.labels: list[str] = []
         for k, container in enumerate(self.containers):
             self.labels += container.labels(f"grads[{k}]" if self.nested else "grads")
@@ -108,12 +112,15 @@ class Groups:
             flat += container.flatten(entry, f"grads[{k}]")
         return flat
 
-    def dtypes(self, group: int) -> set[np.dtype[Any]]:
-        """Return the dtypes of a group's parameters."""
-        return {state.param.dtype for state in self.states if state.group == group}
+    def dtypes(self) -> list[set[np.dtype[Any]]]:
+        """Return the dtypes of each group's parameters."""
+        found: list[set[np.dtype[Any]]] = [set() for _ in self.options]
+        for state in self.states:
+            found[state.group].add(state.param.dtype)
+        return found
 
 
 def describe(options: Mapping[str, Any], params: Sequence[Any]) -> str:
     """Return one line on a group, for a repr."""
-    chosen = ", ".join(f"{name}={options[name]!r}" for name in _options.NAMES)
+    chosen = ", ".join(f"{name}={options.get(name)!r}" for name in _options.NAMES)
     return f"{len(params)} parameters, {chosen}"

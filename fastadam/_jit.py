@@ -5,14 +5,13 @@ import hashlib
 import os
 import pickle
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import llvmlite
 import numba
-from numba import njit, types
+from numba import config, njit, types
 from numba.core.caching import FunctionCache
 from numba.core.serialize import dumps
 from numba.extending import intrinsic
@@ -34,10 +33,16 @@ def inline(function: Callable[..., Any]) -> Any:
 
 def kernel(function: Callable[..., Any], *, parallel: bool = False) -> Any:
     """Compile an entry point, its machine code kept on disk."""
+    if config.DISABLE_JIT:
+        return _refuse
     dispatcher = njit(parallel=parallel, **FLAGS)(function)
     with contextlib.suppress(RuntimeError, OSError):  # no folder: each process compiles
         dispatcher._cache = KernelCache(function, variant=f"parallel={parallel}")
     return dispatcher
+
+
+def _refuse(*_: Any) -> None:
+    raise RuntimeError("NUMBA_DISABLE_JIT must be unset: fastadam has no kernel but compiled ones")
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -81,6 +86,17 @@ def load(typing_context: Any, address: Any, index: Any, like: Any, role: Any) ->
     return like(types.int64, types.int64, like, role), codegen
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def peek(typing_context: Any, address: Any, like: Any) -> Any:
+    """Read a number of the type of ``like`` at an address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], context.get_value_type(like).as_pointer())
+        return builder.load(pointer)
+
+    return like(types.int64, like), codegen
+
+
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
 def store(typing_context: Any, address: Any, index: Any, value: Any, role: Any) -> Any:
     """Write ``value`` to element ``index`` of the array at ``address``."""
@@ -116,9 +132,18 @@ def _no_value(context: Any, builder: Any, signature: Any, args: Any) -> Any:
 
 
 def source_digest() -> str:
-    """Return a digest of every source that the kernels may be made of."""
+    """Return a digest of every source that the kernels may be made of.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the sources are not there to read, as in a zip file.
+    """
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("_*.py")):
+    paths = sorted(Path(__file__).parent.glob("_*.py"))
+    if not paths:
+        raise FileNotFoundError("no sources")
+    for path in paths:
         source = path.read_bytes()
         digest.update(f"{path.name} {len(source)} ".encode() + source)
     return digest.hexdigest()
@@ -137,13 +162,14 @@ class KernelCache(FunctionCache):  # type: ignore[misc]
 
     def __init__(self, function: Callable[..., Any], variant: str) -> None:
         super().__init__(function)
-        versions = (numba.__version__, llvmlite.__version__, sys.version, variant)
-        self._versions = repr((*versions, source_digest()))
+        self._folder = Path(self.cache_path).absolute()  # whatever chdir comes
+        what = (function.__module__, function.__qualname__, variant, source_digest())
+        self._what = (*what, numba.__version__, llvmlite.__version__, sys.version)
 
     def _path(self, signature: Any, codegen: Any) -> Path:
-        key = repr((self._versions, str(signature), codegen.magic_tuple()))
+        key = repr((self._what, str(signature), codegen.magic_tuple()))
         name = f"{self._py_func.__name__}-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
-        return Path(self._cache_path) / f"fastadam.{name}.nbc"
+        return self._folder / f"fastadam.{name}.nbc"
 
     def _load_overload(self, signature: Any, target_context: Any) -> Any:
         path = self._path(signature, target_context.codegen())
@@ -161,14 +187,12 @@ class KernelCache(FunctionCache):  # type: ignore[misc]
             return
         path = self._path(signature, result.codegen)
         data = dumps(self._impl.reduce(result))
-        try:
-            self._impl.locator.ensure_cache_path()
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
+        # A full disk, or a folder gone read-only, costs time, not the step.
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(hashlib.sha256(data).digest() + data)
-                Path(temporary).replace(path)
-            except OSError:
-                Path(temporary).unlink()
-        except OSError:
-            return  # a full disk or a folder gone read-only costs time, not the step
+                temporary.write_bytes(hashlib.sha256(data).digest() + data)
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)

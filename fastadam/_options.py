@@ -14,15 +14,19 @@ def real(value: Any, name: str, *, low: float = 0.0, open_low: bool = False) -> 
     """Return a finite real number not under ``low`` as a float, or raise."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a real number, got {value!r}")
-    try:
-        number = float(value)
-    except OverflowError:  # an integer too large for a float
-        number = math.inf
+    number = _as_float(value)
     in_range = number > low if open_low else number >= low
     if not (in_range and math.isfinite(number)):
         sign = ">" if open_low else ">="
         raise ValueError(f"{name} must be finite and {sign} {low:g}, got {value!r}")
     return number
+
+
+def _as_float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an integer too large for a float
+        return math.inf
 
 
 def flag(value: Any, name: str) -> bool:
@@ -39,7 +43,7 @@ def check_betas(value: Any, name: str) -> tuple[float, float]:
     for k, beta in enumerate(value):
         if isinstance(beta, bool | np.bool_) or not isinstance(beta, Real):
             raise TypeError(f"{name}[{k}] must be a real number, got {beta!r}")
-        if not 0.0 <= float(beta) < 1.0:
+        if not 0.0 <= _as_float(beta) < 1.0:
             raise ValueError(f"{name}[{k}] must be in [0, 1), got {beta!r}")
     return float(value[0]), float(value[1])
 
@@ -74,13 +78,21 @@ def check_options(options: Mapping[str, Any], label: str = "") -> dict[str, Any]
 
 
 def check_fits(options: Mapping[str, Any], dtype: np.dtype[Any], label: str = "") -> None:
-    """Refuse an eps that the parameters' own type rounds to zero.
+    """Refuse what the parameters' own type rounds to infinity, and an eps it rounds to 0.
 
     Raises
     ------
     ValueError
-        A zero gradient would then be divided by zero.
+        The parameters would become infinite, or a zero gradient be divided by
+        zero.
     """
+    largest = float(np.finfo(dtype).max)
+    for name in ("lr", "eps", "weight_decay"):
+        if options[name] > largest:
+            raise ValueError(
+                f"{label}{name} must not exceed {largest:.4g}, the largest {dtype.name}, got"
+                f" {options[name]!r}"
+            )
     if options["eps"] > 0.0 and dtype.type(options["eps"]) == 0.0:
         raise ValueError(f"{label}eps must not round to 0 in {dtype.name}, got {options['eps']!r}")
 

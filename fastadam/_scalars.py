@@ -16,15 +16,19 @@ _hyperparameters = itemgetter(*_options.NAMES)
 
 
 class Scalars:
-    """A row of float64 for each group, read again only when a hyperparameter differs.
+    """A row of float64 for each group, read again only when a hyperparameter differs."""
 
-    ``largest`` is the largest number that the parameters can hold.
-    """
-
-    def __init__(self, groups: Groups, largest: float) -> None:
+    def __init__(self, groups: Groups) -> None:
         self.rows = np.zeros((len(groups.options), GRAD_FACTOR + 1), dtype=np.float64)
-        self._groups, self._largest = groups, largest
+        self._options = groups.options
         self._seen: list[Any] = [None] * len(groups.options)
+        self._dtypes = groups.dtypes()
+        # What every dtype of the group holds; the learning rate that leads beyond it.
+        self._largest = [min(_limits("max", d), default=np.inf) for d in self._dtypes]
+        self._largest_lr = list(self._largest)
+        tiny = max(_limits("tiny", set().union(*self._dtypes)), default=0.0)
+        self._largest_scale = 1.0 / tiny if tiny else np.inf
+        self._smallest_scale = 1.0 / min(self._largest, default=np.inf)
 
     def refresh(
         self, step: int, schedule: Callable[[int], float] | None, grad_scale: float
@@ -39,27 +43,37 @@ class Scalars:
         factor = 1.0
         if schedule is not None:
             factor = _options.real(schedule(step), f"schedule({step})")
-        inverse = 1.0 if grad_scale == 1.0 else self._inverse(grad_scale)
+        inverse = 1.0
+        if type(grad_scale) is not float or grad_scale != 1.0:
+            inverse = 1.0 / self._check_scale(grad_scale)
         first = 0.0
-        for k, options in enumerate(self._groups.options):
-            if _hyperparameters(options) != self._seen[k]:
+        for k, options in enumerate(self._options):
+            if not self._has_seen(k, options):
                 self._read(k, options)
             lr, _, _, _, _, maximize = self._seen[k]
             lr *= factor
-            if lr > self._largest:
+            if not lr <= self._largest_lr[k]:
                 raise ValueError(
-                    f"lr * schedule({step}) must not exceed {self._largest:.4g}, the largest"
-                    f" number of the parameters' dtype, got {lr!r}"
+                    f"lr * schedule({step}) must not exceed {self._largest_lr[k]:.4g}, where"
+                    f" steps become infinite in the parameters' dtype, got {lr!r}"
                 )
             self.rows[k, LR] = lr
             self.rows[k, GRAD_FACTOR] = -inverse if maximize else inverse
             first = first if k else lr
         return first
 
+    def _has_seen(self, k: int, options: dict[str, Any]) -> bool:
+        try:
+            return bool(_hyperparameters(options) == self._seen[k])
+        except ValueError:  # an array, which compares element by element
+            return False
+        except KeyError as error:
+            raise ValueError(f"param_groups[{k}] must have {error.args[0]!r}") from None
+
     def _read(self, k: int, options: dict[str, Any]) -> None:
         label = f"param_groups[{k}]."
         checked = _options.check_options(options, label)
-        for dtype in self._groups.dtypes(k):
+        for dtype in self._dtypes[k]:
             _options.check_fits(checked, dtype, label)
         options.update(checked)
         decay, decoupled = checked["weight_decay"], checked["decoupled_weight_decay"]
@@ -67,13 +81,20 @@ class Scalars:
         row[BETA1], row[BETA2] = checked["betas"]
         row[EPS] = checked["eps"]
         row[L2], row[WEIGHT_DECAY] = (0.0, decay) if decoupled else (decay, 0.0)
+        # step_size is at most lr/(1-beta1), and 1-decay is lr*weight_decay.
+        self._largest_lr[k] = self._largest[k] * (1.0 - row[BETA1]) / max(1.0, row[WEIGHT_DECAY])
         self._seen[k] = _hyperparameters(options)
 
-    def _inverse(self, grad_scale: float) -> float:
+    def _check_scale(self, grad_scale: float) -> float:
         scale = _options.real(grad_scale, "grad_scale", open_low=True)
-        if scale * self._largest < 1.0:
+        if not self._smallest_scale <= scale <= self._largest_scale:
             raise ValueError(
-                f"grad_scale must be at least {1.0 / self._largest:.4g}, so that its inverse"
-                f" is finite in the parameters' dtype, got {grad_scale!r}"
+                f"grad_scale must be in [{self._smallest_scale:.4g}, {self._largest_scale:.4g}],"
+                f" so that its inverse is a normal number in the parameters' dtype, got"
+                f" {grad_scale!r}"
             )
-        return 1.0 / scale
+        return scale
+
+
+def _limits(name: str, dtypes: set[np.dtype[Any]]) -> list[float]:
+    return [float(getattr(np.finfo(dtype), name)) for dtype in dtypes]

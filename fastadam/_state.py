@@ -92,48 +92,66 @@ def import_state(
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__qualname__}")
-    for name, kind in (("state", Mapping), ("param_groups", Sequence)):
-        if not isinstance(state_dict.get(name), kind):
+    for name, kinds, wanted in (
+        ("state", Mapping, "a mapping"),
+        ("param_groups", (list, tuple), "a list"),
+    ):
+        if not isinstance(state_dict.get(name), kinds):
             raise TypeError(
-                f"state_dict[{name!r}] must be a {kind.__name__.lower()}, got"
-                f" {state_dict.get(name)!r:.60}"
+                f"state_dict[{name!r}] must be {wanted}, got {state_dict.get(name)!r:.60}"
             )
     found, found_groups = state_dict["state"], state_dict["param_groups"]
-    wrong = [f"state has no {s.key!r}" for s in states if s.key not in found]
-    known = {s.key for s in states}
+    known = {s.key: s for s in states}
+    wrong = [f"state has no {key!r}" for key in known if key not in found]
     wrong += [
         f"state has {key!r}, which the optimizer has not" for key in found if key not in known
     ]
-    for s in states:
-        if s.key in found:
-            wrong += _mismatches(s, found[s.key])
-    options = []
+    for key, own in known.items():
+        if key in found:
+            wrong += _mismatches(own, found[key])
     if len(found_groups) != len(groups):
         wrong.append(f"param_groups has {len(found_groups)} groups, not {len(groups)}")
     else:
         for k, group in enumerate(found_groups):
-            label = f"state_dict['param_groups'][{k}]."
-            missing = [n for n in (*_options.NAMES, "params") if n not in group]
-            if missing:
-                wrong.append(f"param_groups[{k}] has no {', '.join(missing)}")
-                continue
-            keys = [key for key in group["params"] if isinstance(key, int | str)]
-            own = {s.key for s in states if s.group == k}
-            if len(keys) != len(group["params"]) or set(keys) != own:
-                wrong.append(
-                    f"param_groups[{k}] has other parameters: {keys}, not {sorted(own, key=str)}"
-                )
-            options.append(_options.check_options(group, label))
-            for s in states:
-                if s.group == k:
-                    _options.check_fits(options[-1], s.param.dtype, label)
+            wrong += _group_mismatches(k, group, [s for s in states if s.group == k])
     step_count = state_dict.get("step_count")
     if not _is_count(step_count):
-        wrong.append(f"step_count must be an integer >= 0, not {step_count!r}")
+        wrong.append(f"step_count must be an integer >= 0 and under 2**62, not {step_count!r}")
     if wrong:
         raise ValueError("state_dict must fit the optimizer: " + "; ".join(wrong))
+
+    options = []
+    for k, group in enumerate(found_groups):
+        label = f"state_dict['param_groups'][{k}]."
+        options.append(_options.check_options(group, label))
+        for s in states:
+            if s.group == k:
+                _options.check_fits(options[-1], s.param.dtype, label)
+    # An optimizer's own live arrays must not be overwritten before they are read.
+    live = {id(array) for s in states for array in s.arrays().values()}
+    arrays = [
+        {
+            name: np.array(found[s.key][name], copy=id(found[s.key][name]) in live or None)
+            for name in s.arrays()
+        }
+        for s in states
+    ]
     steps = np.array([index(found[s.key]["step"]) for s in states], dtype=np.int64)
-    return LoadedState([found[s.key] for s in states], steps, options, index(step_count))  # type: ignore[arg-type]
+    return LoadedState(arrays, steps, options, index(step_count))  # type: ignore[arg-type]
+
+
+def _group_mismatches(k: int, group: Any, states: Sequence[ParamState]) -> list[str]:
+    if not isinstance(group, Mapping):
+        return [f"param_groups[{k}] is no mapping"]
+    missing = [name for name in (*_options.NAMES, "params") if name not in group]
+    if missing:
+        return [f"param_groups[{k}] has no {', '.join(missing)}"]
+    found, own = group["params"], [s.key for s in states]
+    plain = isinstance(found, list | tuple) and all(isinstance(key, int | str) for key in found)
+    # Named parameters may come in another order; sorting pairs them.
+    if not plain or sorted(found, key=str) != sorted(own, key=str):
+        return [f"param_groups[{k}] has other parameters: {found!r:.60}, not {own!r:.60}"]
+    return []
 
 
 def _mismatches(state: ParamState, found: Any) -> list[str]:
@@ -148,10 +166,16 @@ def _mismatches(state: ParamState, found: Any) -> list[str]:
         if name not in wanted and name != "step"
     ]
     if "step" in found and not _is_count(found["step"]):
-        wrong.append(f"{place}['step'] must be an integer >= 0, not {found['step']!r}")
+        wrong.append(
+            f"{place}['step'] must be an integer >= 0 and under 2**62, not {found['step']!r}"
+        )
     for name, own in wanted.items():
         if name in found:
-            array = np.asarray(found[name])
+            try:
+                array = np.asarray(found[name])
+            except ValueError:
+                wrong.append(f"{place}[{name!r}] is no array")
+                continue
             if array.shape != own.shape or array.dtype != own.dtype:
                 wrong.append(
                     f"{place}[{name!r}] is {array.dtype.name} {array.shape}, not"
@@ -162,6 +186,6 @@ def _mismatches(state: ParamState, found: Any) -> list[str]:
 
 def _is_count(value: Any) -> bool:
     try:
-        return not isinstance(value, bool) and 0 <= index(value) < 2**63
+        return not isinstance(value, bool) and 0 <= index(value) < 2**62
     except TypeError:
         return False

@@ -1,16 +1,16 @@
-"""Where everything lies: tables of addresses and of chunks, and who shares memory."""
+"""Where everything lies: tables of addresses and of chunks."""
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ._arrays import address, check_grad
+from . import _reader
+from ._arrays import address, check_grad, check_param
+from ._memory import Addresses, Memory
 from ._state import ParamState
-
-Addresses = npt.NDArray[np.int64]
 
 # The columns of a table of tensors. The first five hold addresses, 0 for none.
 PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, SIZE, GROUP, STEP, ROW = range(9)
@@ -20,50 +20,6 @@ CHUNK_TENSOR, CHUNK_START, CHUNK_SIZE = range(3)
 CHUNK = 8192
 # The scalars of one step: what `_formula.step_scalars` returns.
 SCALARS = 10
-
-
-class Memory:
-    """The memory that an optimizer updates, as sorted, disjoint intervals of bytes.
-
-    Parameters
-    ----------
-    labels, starts, sizes
-        Of each array: its name in messages, its address, its bytes.
-
-    Raises
-    ------
-    ValueError
-        If two arrays share memory: each update would see the other's.
-    """
-
-    def __init__(self, labels: Sequence[str], starts: Addresses, sizes: Addresses) -> None:
-        self._labels, self._starts, self._ends = _disjoint(labels, starts, sizes)
-
-    def check_apart(self, labels: Sequence[str], starts: Addresses, sizes: Addresses) -> None:
-        """Refuse arrays that share memory with these, or with one another."""
-        others, starts, ends = _disjoint(labels, starts, sizes)
-        # Both sides are disjoint: of the own intervals, those that begin before
-        # the end of another, less those that end before its start, overlap it.
-        first = np.searchsorted(self._ends, starts, side="right")
-        last = np.searchsorted(self._starts, ends, side="left")
-        for k in np.flatnonzero(first < last)[:1]:
-            raise ValueError(
-                f"{others[k]} must not share memory with {self._labels[first[k]]},"
-                f" which the step writes"
-            )
-
-
-def _disjoint(
-    labels: Sequence[str], starts: Addresses, sizes: Addresses
-) -> tuple[list[str], Addresses, Addresses]:
-    """Return the intervals that are not empty in order of address; refuse overlaps."""
-    order = np.argsort(starts, kind="stable")
-    order = order[sizes[order] > 0]
-    starts, ends = starts[order], starts[order] + sizes[order]
-    for k in np.flatnonzero(ends[:-1] > starts[1:])[:1]:
-        one, other = (labels[order[i]] for i in sorted((k, k + 1), key=order.__getitem__))
-        raise ValueError(f"{one} and {other} must not share memory")
-    return [labels[k] for k in order], starts, ends
 
 
 class Table:
@@ -98,8 +54,7 @@ def cut(sizes: Addresses) -> Addresses:
 class Plan:
     """Everything a kernel call needs to know about where parameters and gradients lie.
 
-    One table for each dtype. The gradients' addresses are read and checked
-    when an array comes that the last step had not.
+    One table for each dtype.
 
     Raises
     ------
@@ -109,29 +64,27 @@ class Plan:
 
     def __init__(self, states: Sequence[ParamState], steps: npt.NDArray[np.int64]) -> None:
         self._states = states
-        owned = [(state.label, state.param) for state in states]
+        arrays = [(state.label, state.param) for state in states]
         for state in states:
-            owned += [(f"{state.label}.{n}", array) for n, array in state.arrays().items()]
-        self._memory = Memory(
-            [label for label, _ in owned],
-            np.array([address(array) for _, array in owned], dtype=np.int64),
-            np.array([array.nbytes for _, array in owned], dtype=np.int64),
-        )
+            arrays += [(f"{state.label}.{n}", array) for n, array in state.arrays().items()]
+        starts = np.array([address(array) for _, array in arrays], dtype=np.int64)
+        sizes = np.array([array.nbytes for _, array in arrays], dtype=np.int64)
+        self._memory = Memory([label for label, _ in arrays], starts, sizes)
+        # NumPy refuses to resize, and so to move, an array that has a weak reference.
+        self._pins = [weakref.ref(array) for _, array in arrays]
+
         self.tables = []
         for dtype in {state.param.dtype: None for state in states}:
             members = [k for k, state in enumerate(states) if state.param.dtype == dtype]
             self.tables.append(Table(states, members))
         self.steps = steps
-        # NumPy refuses to resize, and so to move, an array that has a weak reference.
-        self._pins = [weakref.ref(state.param) for state in states]
-        self._refs: list[Callable[[], Any]] | None = None
-        self._boxes: list[Any] = []
-        self._writable = True
 
-    @property
-    def largest(self) -> float:
-        """The largest number that every dtype here can hold."""
-        return min((float(np.finfo(t.zero).max) for t in self.tables), default=np.inf)
+        params = [state.param for state in states]
+        self._param_ids = _reader.ids(params)
+        self._param_starts, self._sizes = starts[: len(states)], sizes[: len(states)]
+        self._found = np.zeros(len(states), dtype=np.int64)
+        self._stale = True
+        self._reads = _reader.works(params, self._param_starts)
 
     @property
     def steps(self) -> npt.NDArray[np.int64]:
@@ -147,52 +100,43 @@ class Plan:
             table.tensors[:, STEP] = steps[table.members]
 
     def take_grads(self, grads: list[Any], labels: Sequence[str], *, writable: bool) -> None:
-        """Check gradients unless they are the last step's; note where they lie.
+        """Check the gradients and note where they lie, for the kernel call that follows.
+
+        Replaces NumPy scalars in the list by arrays. The caller keeps the
+        list until the kernel has run: nothing else keeps the arrays alive.
 
         Raises
         ------
         TypeError, ValueError
             If one does not fit its parameter, shares memory, or is read-only
-            where ``writable`` is asked for.
+            where ``writable`` is asked for; if a parameter has become so.
         """
-        refs = self._refs
-        # A dead reference gives None too: it must not pass for a None that came again.
-        if refs is None or any(
-            ref() is not grad or (grad is None and ref is not _nothing)
-            for ref, grad in zip(refs, grads, strict=True)
-        ):
-            self._read_grads(grads, labels)
-        if writable and not self._writable:
-            for grad, label in zip(grads, labels, strict=True):
-                if grad is not None and not grad.flags.writeable:
-                    kind = (
-                        "a NumPy scalar" if isinstance(grad, np.generic) else "a read-only array"
-                    )
-                    raise ValueError(f"{label} must be writable for zero_grad=True, got {kind}")
+        found, status = self._found, _reader.ODD
+        # Until what was found is known to be sound, and is in the tables.
+        was_stale, self._stale = self._stale, True
+        if self._reads:
+            grad_ids = _reader.ids(grads)
+            status = _reader.look(
+                _reader.KINDS, self._param_ids, grad_ids, self._param_starts, found, writable
+            )
+        if status == _reader.ODD:
+            self._check_grads(grads, labels, writable)
+            found[:] = [address(grad) for grad in grads]
+        if status != _reader.SAME or was_stale:
+            self._memory.check_apart(labels, found, np.where(found, self._sizes, 0))
+            for table in self.tables:
+                table.tensors[:, GRAD] = found[table.members]
+        self._stale = False
 
-    def _read_grads(self, grads: list[Any], labels: Sequence[str]) -> None:
-        given, grads = grads, [_boxed(grad) for grad in grads]
-        for grad, state, label in zip(grads, self._states, labels, strict=True):
+    def _check_grads(self, grads: list[Any], labels: Sequence[str], writable: bool) -> None:
+        """Check in Python what was not plainly right: to say what is wrong, or that nothing is."""
+        for k, (state, label) in enumerate(zip(self._states, labels, strict=True)):
+            check_param(state.param, state.label)
+            grad = grads[k]
+            if isinstance(grad, np.generic):  # what arithmetic on 0-d arrays gives
+                grads[k] = np.asarray(grad)
             if grad is not None:
-                check_grad(grad, state.param, label)
-        starts = np.array([address(grad) for grad in grads], dtype=np.int64)
-        sizes = np.array([0 if g is None else g.nbytes for g in grads], dtype=np.int64)
-        self._memory.check_apart(labels, starts, sizes)
-        for table in self.tables:
-            table.tensors[:, GRAD] = starts[table.members]
-        self._writable = all(grad is None or grad.flags.writeable for grad in grads)
-        # Weak references know the same array again without keeping it alive.
-        self._refs = [_nothing if grad is None else weakref.ref(grad) for grad in grads]
-        self._boxes = [g for g, was in zip(grads, given, strict=True) if g is not was]
-
-
-def _nothing() -> None:
-    """Stand for the reference to a gradient that was None."""
-
-
-def _boxed(grad: Any) -> Any:
-    """Return a NumPy scalar, what arithmetic on 0-d arrays gives, as a read-only array."""
-    if isinstance(grad, np.generic):
-        grad = np.asarray(grad)
-        grad.flags.writeable = False
-    return grad
+                check_grad(grads[k], state.param, label)
+                if writable and not (grad is grads[k] and grad.flags.writeable):
+                    kind = "a read-only array" if grad is grads[k] else "a NumPy scalar"
+                    raise ValueError(f"{label} must be writable for zero_grad=True, got {kind}")

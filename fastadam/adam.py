@@ -1,5 +1,6 @@
 """Adam and AdamW: the facade. Groups, state, ``step()``, ``state_dict()``."""
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -135,13 +136,14 @@ class Adam:
         amsgrad = _options.flag(amsgrad, "amsgrad")
         self._schedule = _options.check_schedule(schedule)
         self._step_count = 0
+        self._turn = _Turn()
         groups = Groups(params, defaults, amsgrad=amsgrad)
         self._install(groups, np.zeros(len(groups.states), dtype=np.int64))
 
     def _install(self, groups: Groups, steps: Any) -> None:
         """Lay out the tables that the kernel reads; raise before anything is replaced."""
         plan = Plan(groups.states, steps)
-        scalars = Scalars(groups, plan.largest)
+        scalars = Scalars(groups)
         self._groups, self._plan, self._scalars = groups, plan, scalars
 
     def add_param_group(self, group: Mapping[str, Any]) -> None:
@@ -168,10 +170,11 @@ class Adam:
         >>> opt.step([[np.ones(2)], [np.ones(3)]])
         StepResult(step=0, lr=0.01)
         """
-        groups = self._groups.extended(group)
-        steps = np.zeros(len(groups.states), dtype=np.int64)
-        steps[: len(self._groups.states)] = self._plan.steps
-        self._install(groups, steps)
+        with self._turn:
+            groups = self._groups.extended(group)
+            steps = np.zeros(len(groups.states), dtype=np.int64)
+            steps[: len(self._groups.states)] = self._plan.steps
+            self._install(groups, steps)
 
     def step(self, grads: Any, *, grad_scale: float = 1.0, zero_grad: bool = False) -> StepResult:
         """Update every parameter that has a gradient, in place.
@@ -183,8 +186,7 @@ class Adam:
             came; with groups, one entry a group. Each has its parameter's
             shape, dtype and memory order, and shares memory with nothing
             else here. None leaves its parameter, state and step count as
-            they are. While the same arrays come back they are checked only
-            once.
+            they are.
         grad_scale : float
             What the loss, and so the gradients, had been multiplied by: they
             are divided by it on their way, > 0.
@@ -202,6 +204,9 @@ class Adam:
             For a gradient that does not fit, a hyperparameter in
             ``param_groups`` out of range, or a schedule's factor that is NaN,
             infinite or negative. Nothing has then been changed.
+        RuntimeError
+            If a step of this optimizer is under way, in another thread or
+            further up, calling the schedule.
 
         Examples
         --------
@@ -214,18 +219,29 @@ class Adam:
         (array([[-0.5, -0.5],
                [-0.5, -0.5]]), array([0., 0.]))
         """
-        groups, plan, scalars = self._groups, self._plan, self._scalars
-        step = self._step_count
-        plan.take_grads(groups.flatten(grads), groups.labels, writable=zero_grad)
-        lr = scalars.refresh(step, self._schedule, grad_scale)
-        update(plan.tables, scalars.rows, amsgrad=groups.amsgrad, zero_grad=zero_grad)
-        self._step_count = step + 1
-        return StepResult(step, lr)
+        with self._turn:
+            groups, plan, scalars = self._groups, self._plan, self._scalars
+            step = self._step_count
+            # The user's own code first, in containers and schedule; then nothing but ours
+            # until the kernel has run. The list keeps the gradients alive that long.
+            flat = groups.flatten(grads)
+            if zero_grad is not False:
+                zero_grad = _options.flag(zero_grad, "zero_grad")
+            lr = scalars.refresh(step, self._schedule, grad_scale)
+            plan.take_grads(flat, groups.labels, writable=zero_grad)
+            update(plan.tables, scalars.rows, amsgrad=groups.amsgrad, zero_grad=zero_grad)
+            self._step_count = step + 1
+            return StepResult(step, lr)
 
     @property
     def step_count(self) -> int:
         """Calls of `step` so far: the number the schedule is asked for next."""
         return self._step_count
+
+    @property
+    def amsgrad(self) -> bool:
+        """Whether the largest ``exp_avg_sq`` so far is kept and used."""
+        return self._groups.amsgrad
 
     @property
     def lr(self) -> float:
@@ -239,8 +255,7 @@ class Adam:
         >>> opt.param_groups[0]["lr"]
         0.05
         """
-        options = self._groups.options
-        lr: float = options[0]["lr"] if options else self._groups.defaults["lr"]
+        lr: float = self._groups.options[0]["lr"] if self._groups.options else 0.0
         return lr
 
     @lr.setter
@@ -316,26 +331,32 @@ class Adam:
         >>> new.step_count, new.state["w"]["step"]
         (1, 1)
         """
-        groups = self._groups
-        loaded = import_state(state_dict, groups.states, groups.options)
-        for state, arrays in zip(groups.states, loaded.arrays, strict=True):
-            for name, array in state.arrays().items():
-                array[...] = arrays[name]
-        self._plan.steps = loaded.steps
-        for own, options in zip(groups.options, loaded.options, strict=True):
-            own.update(options)
-        self._step_count = loaded.step_count
+        with self._turn:
+            groups = self._groups
+            loaded = import_state(state_dict, groups.states, groups.options)
+            for state, arrays in zip(groups.states, loaded.arrays, strict=True):
+                for name, array in state.arrays().items():
+                    array[...] = arrays[name]
+            self._plan.steps = loaded.steps
+            for own, options in zip(groups.options, loaded.options, strict=True):
+                own.update(options)
+            self._step_count = loaded.step_count
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what holds addresses: a copy must not write to the original's arrays."""
-        kept = {k: v for k, v in vars(self).items() if k not in ("_plan", "_scalars")}
+        left_out = ("_plan", "_scalars", "_turn")
+        kept = {name: value for name, value in vars(self).items() if name not in left_out}
         return {**kept, "steps": self._plan.steps}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
         """Find the arrays of the copy where they lie now."""
         steps = kept.pop("steps")
         vars(self).update(kept)
+        self._turn = _Turn()
         self._install(self._groups, steps)
+
+    def __copy__(self) -> "Adam":
+        raise TypeError("copy.copy would share params and state: use copy.deepcopy")
 
     def __repr__(self) -> str:
         groups = self._groups
@@ -412,3 +433,17 @@ class AdamW(Adam):
             maximize=maximize,
             schedule=schedule,
         )
+
+
+class _Turn:
+    """One step at a time: a second one, in a thread or a schedule, is refused, not awaited."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError("an optimizer must not be changed in the middle of its own step")
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()

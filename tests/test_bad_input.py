@@ -1,6 +1,8 @@
 """Refusals: the right error, naming argument, rule and value, and no byte changed."""
 
+import collections
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -112,6 +114,7 @@ HYPERPARAMETERS = [
     ("betas", (0.9, 1.5), ValueError, r"betas\[1\] must be in \[0, 1\), got 1.5"),
     ("betas", (-0.1, 0.9), ValueError, r"betas\[0\] must be in \[0, 1\), got -0.1"),
     ("betas", (0.9, math.nan), ValueError, r"betas\[1\] must be in \[0, 1\), got nan"),
+    ("betas", (10**400, 0.9), ValueError, r"betas\[0\] must be in \[0, 1\)"),
     ("betas", ("a", 0.9), TypeError, r"betas\[0\] must be a real number, got 'a'"),
     ("betas", 0.9, TypeError, "betas must be a pair of real numbers, got 0.9"),
     ("betas", (0.9,), TypeError, "betas must be a pair of real numbers, got"),
@@ -259,7 +262,10 @@ def test_zero_grad_of_a_read_only_gradient(pair):
         (math.nan, ValueError, "grad_scale must be finite and > 0, got nan"),
         (math.inf, ValueError, "grad_scale must be finite and > 0, got inf"),
         ("2", TypeError, "grad_scale must be a real number, got '2'"),
-        (1e-320, ValueError, "grad_scale must be at least"),
+        (1e-320, ValueError, r"grad_scale must be in \[5.563e-309, 4.494e\+307\], .* got 1e-320"),
+        (1e308, ValueError, r"grad_scale must be in .* got 1e\+308"),
+        (True, TypeError, "grad_scale must be a real number, got True"),
+        (np.ones(2), TypeError, "grad_scale must be a real number, got array"),
     ],
 )
 def test_grad_scale(pair, scale, error, message):
@@ -362,10 +368,147 @@ def test_arrays_in_use_cannot_be_moved():
     param, grad = np.zeros(10), np.ones(10)
     opt = fastadam.Adam(param)
     opt.step(grad)
-    for array in (param, grad):
+    for array in (param, opt.state[0]["exp_avg"], opt.state[0]["exp_avg_sq"]):
         with pytest.raises(ValueError, match="cannot resize"):
             array.resize(10**6, refcheck=False)
-    opt.step(grad)
+    grad.resize(10**6, refcheck=False)
+    with pytest.raises(ValueError, match=r"grads.shape must be its parameter's, \(10,\)"):
+        opt.step(grad)
+    assert opt.step_count == 1
+
+
+def test_arrays_changed_between_steps(pair):
+    """The same objects come back, but are not what they were."""
+    opt, params, picture = pair
+    grads = [np.ones((3, 4)), np.ones((3, 4))]
+    opt.step(grads)
+    before = picture()
+    grads[1].shape = (4, 3)
+    with pytest.raises(ValueError, match=r"grads\[1\].shape must be its parameter's"):
+        opt.step(grads)
+    grads[1] = np.ones((3, 4))
+    grads[0].dtype = np.int64
+    with pytest.raises(TypeError, match=r"grads\[0\].dtype must be its parameter's"):
+        opt.step(grads)
+    grads[0] = np.ones((3, 4))
+    grads[0].flags.writeable = False
+    with pytest.raises(ValueError, match=r"grads\[0\] must be writable for zero_grad=True"):
+        opt.step(grads, zero_grad=True)
+    params[1].flags.writeable = False
+    with pytest.raises(ValueError, match=r"params\[1\] must be writable, got a read-only array"):
+        opt.step(grads)
+    assert picture() == before
+    params[1].flags.writeable = True
+    opt.step(grads)
+
+
+def test_gradients_live_until_the_step_is_done():
+    """A generator lets go of each array at once: the step must hold on to it."""
+    params = [np.zeros(200_000) for _ in range(4)]
+    opt = fastadam.Adam(params, lr=0.5)
+    opt.step(np.full(200_000, k + 1.0) for k in range(4))
+    for k, param in enumerate(params):
+        np.testing.assert_allclose(param, -0.5)
+        np.testing.assert_allclose(opt.state[k]["exp_avg"], 0.1 * (k + 1))
+
+    grads, thief = [np.full(1000, 3.0)], []
+
+    def steal(_step):
+        grads.clear()
+        thief.append([np.full(1000, -1e6) for _ in range(3)])
+        return 1.0
+
+    opt = fastadam.Adam([np.zeros(1000)], schedule=steal)
+    opt.step(grads)
+    np.testing.assert_allclose(opt.state[0]["exp_avg"], 0.3)
+
+
+def test_a_schedule_that_uses_the_optimizer(pair):
+    opt, _, picture = pair
+    grads = [np.ones((3, 4)), None]
+    before = picture()
+    for use in (
+        lambda _step: opt.step(grads),
+        lambda _step: opt.add_param_group({"params": []}),
+        lambda _step: opt.load_state_dict(opt.state_dict()),
+    ):
+        opt.schedule = use
+        with pytest.raises(RuntimeError, match="in the middle of its own step"):
+            opt.step(grads)
+    opt.schedule = None
+    assert picture() == before
+
+
+def test_one_optimizer_in_several_threads():
+    """Each call is either done whole or refused."""
+    param, done, refused = np.zeros(50_000), [], []
+    opt = fastadam.Adam(param)
+
+    def work():
+        grad = np.ones_like(param)
+        for _ in range(200):
+            try:
+                done.append(opt.step(grad).step)
+            except RuntimeError:
+                refused.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(done) + len(refused) == 800
+    assert sorted(done) == list(range(len(done)))
+    assert opt.step_count == opt.state[0]["step"] == len(done)
+
+
+def test_a_gradient_mapping_is_only_read():
+    grads = collections.defaultdict(lambda: np.ones(2), {"w": np.ones(2), "bias": np.ones(2)})
+    opt = fastadam.Adam({"w": np.zeros(2), "b": np.zeros(2)})
+    with pytest.raises(ValueError, match=r"1 missing \['b'\] and 1 unknown \['bias'\]"):
+        opt.step(grads)
+    assert set(grads) == {"w", "bias"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight_decay": 1e39}, "weight_decay must not exceed 3.403e.38, the largest float32"),
+        ({"eps": 1e39}, "eps must not exceed 3.403e.38, the largest float32"),
+        ({"lr": 1e39}, "lr must not exceed 3.403e.38, the largest float32"),
+    ],
+)
+def test_what_overflows_float32(options, message):
+    with pytest.raises(ValueError, match=message):
+        fastadam.Adam(np.zeros(2, np.float32), **options)
+    fastadam.Adam(np.zeros(2), **options)
+
+
+def test_steps_that_overflow_float32():
+    param = np.zeros(2, np.float32)
+    opt = fastadam.Adam(param, lr=3e38)
+    with pytest.raises(ValueError, match=r"lr \* schedule\(0\) must not exceed 3.403e\+37"):
+        opt.step(np.ones(2, np.float32))
+    for scale in (1e-39, 1e39):
+        with pytest.raises(ValueError, match=r"grad_scale must be in \[2.939e-39, 8.507e\+37\]"):
+            opt.step(np.ones(2, np.float32), grad_scale=scale)
+    np.testing.assert_array_equal(param, 0)
+
+
+def test_hyperparameters_that_are_missing_or_no_numbers(pair):
+    opt, _, picture = pair
+    grads, before = [np.ones((3, 4)), None], picture()
+    with pytest.raises(TypeError, match="zero_grad must be True or False, got 'no'"):
+        opt.step(grads, zero_grad="no")
+    opt.param_groups[0]["lr"] = np.array([0.1, 0.2])
+    with pytest.raises(TypeError, match=r"param_groups\[0\].lr must be a real number, got array"):
+        opt.step(grads)
+    del opt.param_groups[0]["lr"]
+    with pytest.raises(ValueError, match=r"param_groups\[0\] must have 'lr'"):
+        opt.step(grads)
+    assert "lr=None" in repr(opt)
+    opt.param_groups[0]["lr"] = 0.1
+    assert picture() == before
 
 
 def test_arrays_of_other_libraries_are_refused_with_a_hint(optional):

@@ -47,7 +47,7 @@ def run(tmp_path, **env):
 
 
 def kernels(tmp_path):
-    return sorted((tmp_path / "cache").rglob("*.nbc"))
+    return sorted((tmp_path / "cache").rglob("fastadam.update_tensors-*"))
 
 
 def test_second_process_is_served_and_damage_is_noticed(tmp_path):
@@ -120,3 +120,29 @@ def test_no_folder_to_write_to(tmp_path):
     )
     env = {"NUMBA_CACHE_DIR": str(blocked / "x"), "PYTHONPATH": str(tmp_path)}
     assert finish(start(tmp_path, code, **env))[2] == 0.5
+
+
+def test_no_sources_no_cache(tmp_path):
+    """From a zip file, whose sources cannot be digested, nothing is kept."""
+    archive = shutil.make_archive(
+        str(tmp_path / "packed"), "zip", Path(fastadam.__file__).parents[1], "fastadam"
+    )
+    env = {"PYTHONPATH": archive}
+    for _ in range(2):
+        assert run(tmp_path, **env) == (0, 1, 0.5)
+    assert not kernels(tmp_path)
+
+
+def test_a_relative_folder_stays_where_it_was(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    code = STEP.replace("param =", "os.chdir('elsewhere')\nparam =")
+    assert finish(start(tmp_path, code, NUMBA_CACHE_DIR="cache")) == (0, 1, 0.5)
+    assert len(kernels(tmp_path)) == 1
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_without_the_compiler_a_step_says_so(tmp_path):
+    process = start(tmp_path, STEP, NUMBA_DISABLE_JIT="1")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "RuntimeError: NUMBA_DISABLE_JIT must be unset" in err

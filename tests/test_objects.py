@@ -1,6 +1,8 @@
 """Objects with .data and .grad: the tutorial's own class of scalars, its loop, its numbers."""
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -134,6 +136,37 @@ def test_arrays_are_updated_and_gradients_zeroed_in_place():
     assert number.grad == 0
 
 
+def test_a_gradient_that_is_a_number_is_reset_too():
+    box = Box(np.ones(3), 5.0)
+    fastadam.from_objects([box], lr=0.5).step()
+    np.testing.assert_allclose(box.data, 0.5)
+    assert box.grad == 0
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_trains_the_copied_objects(duplicate):
+    objects = [Box(1.0, 1.0), Box(np.ones(2), np.ones(2)), Box(2.0, None)]
+    opt = fastadam.from_objects(objects, amsgrad=True, schedule=schedules.cosine(10))
+    opt.step()
+    twins, other = duplicate((objects, opt))
+    for things, optimizer in ((objects, opt), (twins, other)):
+        things[0].grad = 0.5
+        things[1].grad += 0.25
+        assert optimizer.step().step == 1
+    assert twins[0].data == objects[0].data < 0.99
+    np.testing.assert_array_equal(twins[1].data, objects[1].data)
+    assert twins[1].data is not objects[1].data
+    assert twins[2].data == 2.0
+
+
+def test_objects_that_cannot_be_written():
+    class Frozen:
+        data, grad = property(lambda _: 1.0), 0.0
+
+    with pytest.raises(TypeError, match=r"params\[1\] must let .data and .grad be set"):
+        fastadam.from_objects([Box(1.0, 1.0), Frozen()])
+
+
 def test_a_gradient_that_is_the_number_zero():
     box = Box(np.ones(3), 0)
     opt = fastadam.from_objects([box])
@@ -207,6 +240,11 @@ def test_the_same_object_twice():
             lambda o: setattr(o[0], "data", "x"),
             TypeError,
             r"params\[0\].data must be a real number",
+        ),
+        (
+            lambda o: setattr(o[0], "grad", 10**400),
+            ValueError,
+            r"params\[0\].grad must fit a float",
         ),
         (lambda o: setattr(o[1], "grad", [1.0]), TypeError, r"params\[1\].grad must be a numpy"),
         (lambda o: setattr(o[1], "grad", np.ones(3)), ValueError, r"grads\[1\].shape must be"),

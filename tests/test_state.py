@@ -96,10 +96,25 @@ def edit(state, path, value):
             r"is float64 \(12,\), not .*\(3, 4\)",
         ),
         (["state", "b", "exp_avg"], np.zeros(4), ValueError, r"is float64 \(4,\), not float32"),
-        (["state", "w", "step"], -1, ValueError, r"\['step'\] must be an integer >= 0, not -1"),
-        (["state", "w", "step"], 1.5, ValueError, r"\['step'\] must be an integer >= 0, not 1.5"),
+        (
+            ["state", "w", "step"],
+            -1,
+            ValueError,
+            r"\['step'\] must be an integer >= 0 and under .*, not -1",
+        ),
+        (
+            ["state", "w", "step"],
+            1.5,
+            ValueError,
+            r"\['step'\] must be an integer >= 0 and under .*, not 1.5",
+        ),
         (["state", "w"], 3, ValueError, r"state\['w'\] is no mapping"),
-        (["step_count"], None, ValueError, "step_count must be an integer >= 0, not None"),
+        (
+            ["step_count"],
+            None,
+            ValueError,
+            "step_count must be an integer >= 0 and under .*, not None",
+        ),
         (["step_count"], KeyError, ValueError, "step_count must be an integer >= 0"),
         (["param_groups"], [], ValueError, "param_groups has 0 groups, not 1"),
         (["param_groups", 0, "lr"], np.nan, ValueError, r"param_groups'\]\[0\].lr must be finite"),
@@ -107,7 +122,12 @@ def edit(state, path, value):
         (["param_groups", 0, "betas"], (2, 0), ValueError, r"betas\[0\] must be in \[0, 1\)"),
         (["param_groups", 0, "params"], ["w"], ValueError, r"has other parameters: \['w'\], not"),
         (["param_groups", 0, "params"], [np.zeros(3)], ValueError, "has other parameters"),
-        (["param_groups"], None, TypeError, r"state_dict\['param_groups'\] must be a sequence"),
+        (["param_groups"], None, TypeError, r"state_dict\['param_groups'\] must be a list"),
+        (["param_groups"], "abc", TypeError, r"state_dict\['param_groups'\] must be a list"),
+        (["param_groups"], [3], ValueError, r"param_groups\[0\] is no mapping"),
+        (["param_groups", 0, "params"], 3, ValueError, "has other parameters: 3, not"),
+        (["state", "w", "exp_avg"], [[1.0], [1.0, 2.0]], ValueError, "'exp_avg'] is no array"),
+        (["state", "w", "step"], 2**62, ValueError, "must be an integer >= 0 and under 2"),
         (["state"], None, TypeError, r"state_dict\['state'\] must be a mapping"),
     ],
 )
@@ -200,6 +220,20 @@ def test_adamw_is_adam_with_decoupled_decay(rng):
         second.step(grad)
     np.testing.assert_array_equal(one, two)
     assert isinstance(first, fastadam.Adam)
+
+
+def test_live_state_can_be_loaded():
+    opt = fastadam.Adam([np.zeros(2), np.zeros(2)])
+    opt.step([np.ones(2), np.full(2, 2.0)])
+    swapped = opt.state_dict()
+    swapped["state"] = {0: opt.state[1], 1: opt.state[0]}
+    opt.load_state_dict(swapped)
+    assert [opt.state[k]["exp_avg"][0] for k in (0, 1)] == pytest.approx([0.2, 0.1])
+
+
+def test_a_shallow_copy_is_refused():
+    with pytest.raises(TypeError, match=r"use copy.deepcopy"):
+        copy.copy(fastadam.Adam([np.zeros(2)]))
 
 
 def test_gradients_are_not_kept_alive():

@@ -129,10 +129,12 @@ def run(args: argparse.Namespace) -> int:
     from fastadam.demo.model import init_params, sample
     from fastadam.demo.train import train
 
-    largest = float(np.finfo(args.dtype).max)
+    # The first step is as long as lr / (1 - beta1) at most, before the moments are divided.
+    largest = float(np.finfo(args.dtype).max) * (1 - BETAS[0])
     if args.lr > largest:
         raise CommandError(
-            f"--lr must not exceed {largest:g}, the largest {args.dtype}, got {args.lr:g}"
+            f"--lr must not exceed {largest:g}, where steps become infinite in {args.dtype},"
+            f" got {args.lr:g}"
         )
     # A stream for each use: asking for more samples changes no loss.
     init_rng, order_rng, sample_rng = np.random.default_rng(args.seed).spawn(3)

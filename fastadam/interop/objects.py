@@ -55,6 +55,10 @@ class ObjectAdam:
                 raise ValueError(
                     f"params[{first_seen[id(thing)]}] and params[{k}] must be different objects"
                 )
+            try:
+                thing.data, thing.grad = thing.data, thing.grad
+            except (AttributeError, TypeError) as error:
+                raise TypeError(f"params[{k}] must let .data and .grad be set, {error}") from None
             if not isinstance(thing.data, np.ndarray):
                 self._scalars.append(k)
         # All the scalars lie in one array of float64, each a parameter of its own:
@@ -98,7 +102,9 @@ class ObjectAdam:
         for k, value in zip(self._scalars, self._values.tolist(), strict=True):
             if grads[k] is not None:
                 self._objects[k].data = value
-                self._objects[k].grad = 0.0
+        for thing in self._objects:
+            if thing.grad is not None and not isinstance(thing.grad, np.ndarray):
+                thing.grad = 0.0
         return result
 
     def _read_values(self) -> None:
@@ -165,13 +171,28 @@ class ObjectAdam:
         """Take over such a state, as `Adam.load_state_dict`."""
         self.optimizer.load_state_dict(state_dict)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Make a copy anew over the copied objects: its arrays must be views of its own."""
+        optimizer = self.optimizer
+        return _remake, (self._objects, optimizer.amsgrad, optimizer.schedule, self.state_dict())
+
     def __repr__(self) -> str:
         return f"from_objects({self.optimizer!r})"
+
+
+def _remake(objects: list[Any], amsgrad: bool, schedule: Any, state: Any) -> ObjectAdam:
+    copy = ObjectAdam(objects, amsgrad=amsgrad, schedule=schedule)
+    copy.load_state_dict(state)
+    return copy
 
 
 def _check_real(value: Any, label: str, rule: str) -> None:
     if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
         raise TypeError(f"{label} must be {rule}, got {value!r:.60}")
+    try:
+        float(value)
+    except OverflowError:
+        raise ValueError(f"{label} must fit a float, got an integer of more digits") from None
 
 
 def from_objects(
