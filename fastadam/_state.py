@@ -129,13 +129,10 @@ def import_state(
                 _options.check_fits(options[-1], s.param.dtype, label)
     # An optimizer's own live arrays must not be overwritten before they are read.
     live = {id(array) for s in states for array in s.arrays().values()}
-    arrays = [
-        {
-            name: np.array(found[s.key][name], copy=id(found[s.key][name]) in live or None)
-            for name in s.arrays()
-        }
-        for s in states
-    ]
+    arrays = []
+    for s in states:
+        given = {name: found[s.key][name] for name in s.arrays()}
+        arrays.append({n: np.array(a) if id(a) in live else a for n, a in given.items()})
     steps = np.array([index(found[s.key]["step"]) for s in states], dtype=np.int64)
     return LoadedState(arrays, steps, options, index(step_count))  # type: ignore[arg-type]
 

@@ -377,6 +377,7 @@ def test_arrays_in_use_cannot_be_moved():
     assert opt.step_count == 1
 
 
+@pytest.mark.filterwarnings("ignore:Setting the:DeprecationWarning")
 def test_arrays_changed_between_steps(pair):
     """The same objects come back, but are not what they were."""
     opt, params, picture = pair
