@@ -54,6 +54,11 @@ class constant(Base):
     factor : float, default 1.0
         The factor, >= 0.
 
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type, or out of its range.
+
     Examples
     --------
     >>> constant(0.5)(1000)
@@ -80,6 +85,11 @@ class cosine(Base):
         Length in steps.
     final : float, default 0.0
         Factor at the end, >= 0.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type, or out of its range.
 
     References
     ----------
@@ -114,6 +124,11 @@ class linear(Base):
     initial, final : float, default 1.0 and 0.0
         Factors at the two ends, >= 0; either may be the larger.
 
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type, or out of its range.
+
     Examples
     --------
     >>> schedule = linear(4)
@@ -147,6 +162,11 @@ class polynomial(Base):
         Exponent, > 0.
     initial, final : float, default 1.0 and 0.0
         Factors at the two ends, >= 0; either may be the larger.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type, or out of its range.
 
     Examples
     --------
@@ -189,6 +209,11 @@ class exponential(Base):
     staircase : bool, default False
         Shrink at multiples of `decay_steps` only, all at once.
 
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type, or out of its range.
+
     Examples
     --------
     >>> exponential(0.5, decay_steps=10)(30)
@@ -218,6 +243,11 @@ class inverse_sqrt(Base):
     ----------
     warmup_steps : int
         Length of the warm-up in steps; the first factor is 1 over it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type, or out of its range.
 
     References
     ----------
@@ -262,6 +292,11 @@ class one_cycle(Base):
         Peak over first factor, >= 1.
     final_div_factor : float, default 1e4
         First factor over last factor, >= 1.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type, or out of its range.
 
     References
     ----------
@@ -368,6 +403,11 @@ class cosine_restarts(Base):
         Number of cycles, after which the factor stays at `final`. By
         default they go on for ever.
 
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type, or out of its range.
+
     References
     ----------
     Loshchilov and Hutter, SGDR, arXiv:1608.03983.
@@ -463,6 +503,11 @@ class warmup(Base):
         The schedule to warm up to; it sees steps from 0.
     steps : int
         Length of the warm-up in steps.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type, or out of its range.
 
     Examples
     --------

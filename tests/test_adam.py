@@ -209,6 +209,19 @@ def test_groups_have_their_own_hyperparameters(rng):
             np.testing.assert_allclose(param, ref.param, rtol=1e-12)
 
 
+def test_one_kernel_call_for_all_groups_and_arrays(monkeypatch):
+    calls = []
+    kernel = _cpu.update_serial
+    monkeypatch.setattr(
+        _cpu, "update_serial", lambda *args: calls.append(len(args[0])) or kernel(*args)
+    )
+    params = [[np.zeros(3) for _ in range(20)] for _ in range(5)]
+    opt = fastadam.Adam([{"params": group, "lr": k} for k, group in enumerate(params)])
+    opt.step([[np.ones(3) for _ in group] for group in params])
+    assert calls == [100]
+    assert [group[0][0] for group in params] == pytest.approx([0, -1, -2, -3, -4])
+
+
 def test_dtypes_mixed_in_one_optimizer():
     params = {"a": np.ones(5, np.float32), "b": np.ones((2, 3)), "c": np.ones(4, np.float32)}
     opt = fastadam.Adam(params, lr=0.1)

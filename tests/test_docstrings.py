@@ -29,13 +29,14 @@ def test_examples(name):
 
 @pytest.mark.parametrize("public", PUBLIC, ids=lambda p: p.__name__)
 def test_sections(public):
-    """A summary, its parameters or attributes, an example that runs."""
+    """A summary, its parameters or attributes, what it raises, an example that runs."""
     doc = inspect.getdoc(public)
     assert doc
     assert len(doc.splitlines()[0]) <= 75
     signature = inspect.signature(public)
     for name in signature.parameters:
         assert name.lstrip("*") in doc, f"{name} is not described"
+    assert "Raises\n------\n" in doc or public is fastadam.StepResult
     assert "Examples\n--------\n" in doc
     assert ">>> " in doc
 
