@@ -162,7 +162,8 @@ def loss(params: Params, tokens: NDArray[np.intp]) -> Traced:
     tokens = tokens[: CONTEXT + 1]
     inputs, targets = tokens[:-1], tokens[1:]
     log_probs = _log_softmax(logits(params, inputs))  # (T, 27)
-    return -anp.sum(log_probs[np.arange(len(targets)), targets]) / len(targets)
+    # Divided before the sum: NumPy 1 makes a float32 scalar over an integer a float64.
+    return -anp.sum(log_probs[np.arange(len(targets)), targets] / len(targets))
 
 
 _value_and_grad = value_and_grad(loss)
