@@ -15,7 +15,7 @@ __all__ = ["Adam", "AdamW", "StepResult", "__version__", "from_objects", "schedu
 
 
 def __getattr__(name: str) -> Any:
-    """Import the schedules when they are first asked for: half of the import time."""
+    """Import the schedules when they are first asked for: most of an import's time."""
     if name == "schedules":
         return import_module(".schedules", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

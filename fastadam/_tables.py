@@ -1,15 +1,11 @@
 """Where everything lies: tables of addresses and of chunks."""
 
-import weakref
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from . import _reader
-from ._arrays import address, check_grad, check_param
-from ._memory import Addresses, Memory
+from ._arrays import address
+from ._memory import Addresses
 from ._state import ParamState
 
 # The columns of a table of tensors. The first five hold addresses, 0 for none.
@@ -49,94 +45,3 @@ def cut(sizes: Addresses) -> Addresses:
     first = np.repeat(np.cumsum(counts) - counts, counts)
     start = (np.arange(tensor.size) - first) * CHUNK
     return np.stack([tensor, start, np.minimum(sizes[tensor] - start, CHUNK)], axis=1)
-
-
-class Plan:
-    """Everything a kernel call needs to know about where parameters and gradients lie.
-
-    One table for each dtype.
-
-    Raises
-    ------
-    ValueError
-        If parameters share memory.
-    """
-
-    def __init__(self, states: Sequence[ParamState], steps: npt.NDArray[np.int64]) -> None:
-        self._states = states
-        arrays = [(state.label, state.param) for state in states]
-        for state in states:
-            arrays += [(f"{state.label}.{n}", array) for n, array in state.arrays().items()]
-        starts = np.array([address(array) for _, array in arrays], dtype=np.int64)
-        sizes = np.array([array.nbytes for _, array in arrays], dtype=np.int64)
-        self._memory = Memory([label for label, _ in arrays], starts, sizes)
-        # NumPy refuses to resize, and so to move, an array that has a weak reference.
-        self._pins = [weakref.ref(array) for _, array in arrays]
-
-        self.tables = []
-        for dtype in {state.param.dtype: None for state in states}:
-            members = [k for k, state in enumerate(states) if state.param.dtype == dtype]
-            self.tables.append(Table(states, members))
-        self.steps = steps
-
-        params = [state.param for state in states]
-        self._param_ids = _reader.ids(params)
-        self._param_starts, self._sizes = starts[: len(states)], sizes[: len(states)]
-        self._found = np.zeros(len(states), dtype=np.int64)
-        self._stale = True
-        self._reads = _reader.works(params, self._param_starts)
-
-    @property
-    def steps(self) -> npt.NDArray[np.int64]:
-        """Steps that each parameter has had, in the order of the parameters."""
-        steps = np.zeros(len(self._states), dtype=np.int64)
-        for table in self.tables:
-            steps[table.members] = table.tensors[:, STEP]
-        return steps
-
-    @steps.setter
-    def steps(self, steps: npt.NDArray[np.int64]) -> None:
-        for table in self.tables:
-            table.tensors[:, STEP] = steps[table.members]
-
-    def take_grads(self, grads: list[Any], labels: Sequence[str], *, writable: bool) -> None:
-        """Check the gradients and note where they lie, for the kernel call that follows.
-
-        Replaces NumPy scalars in the list by arrays. The caller keeps the
-        list until the kernel has run: nothing else keeps the arrays alive.
-
-        Raises
-        ------
-        TypeError, ValueError
-            If one does not fit its parameter, shares memory, or is read-only
-            where ``writable`` is asked for; if a parameter has become so.
-        """
-        found, status = self._found, _reader.ODD
-        # Until what was found is known to be sound, and is in the tables.
-        was_stale, self._stale = self._stale, True
-        if self._reads:
-            grad_ids = _reader.ids(grads)
-            status = _reader.look(
-                _reader.KINDS, self._param_ids, grad_ids, self._param_starts, found, writable
-            )
-        if status == _reader.ODD:
-            self._check_grads(grads, labels, writable)
-            found[:] = [address(grad) for grad in grads]
-        if status != _reader.SAME or was_stale:
-            self._memory.check_apart(labels, found, np.where(found, self._sizes, 0))
-            for table in self.tables:
-                table.tensors[:, GRAD] = found[table.members]
-        self._stale = False
-
-    def _check_grads(self, grads: list[Any], labels: Sequence[str], writable: bool) -> None:
-        """Check in Python what was not plainly right: to say what is wrong, or that nothing is."""
-        for k, (state, label) in enumerate(zip(self._states, labels, strict=True)):
-            check_param(state.param, state.label)
-            grad = grads[k]
-            if isinstance(grad, np.generic):  # what arithmetic on 0-d arrays gives
-                grads[k] = np.asarray(grad)
-            if grad is not None:
-                check_grad(grads[k], state.param, label)
-                if writable and not (grad is grads[k] and grad.flags.writeable):
-                    kind = "a read-only array" if grad is grads[k] else "a NumPy scalar"
-                    raise ValueError(f"{label} must be writable for zero_grad=True, got {kind}")

@@ -7,11 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _options
-from ._cpu import update
 from ._groups import Groups, describe
 from ._scalars import Scalars
 from ._state import export_state, import_state
-from ._tables import Plan
 
 
 class StepResult(NamedTuple):
@@ -142,6 +140,9 @@ class Adam:
 
     def _install(self, groups: Groups, steps: Any) -> None:
         """Lay out the tables that the kernel reads; raise before anything is replaced."""
+        # Here, since it brings the compiler along: most of what an import would cost.
+        from ._plan import Plan
+
         plan = Plan(groups.states, steps)
         scalars = Scalars(groups)
         self._groups, self._plan, self._scalars = groups, plan, scalars
@@ -229,7 +230,7 @@ class Adam:
                 zero_grad = _options.flag(zero_grad, "zero_grad")
             lr = scalars.refresh(step, self._schedule, grad_scale)
             plan.take_grads(flat, groups.labels, writable=zero_grad)
-            update(plan.tables, scalars.rows, amsgrad=groups.amsgrad, zero_grad=zero_grad)
+            plan.update(scalars.rows, amsgrad=groups.amsgrad, zero_grad=zero_grad)
             self._step_count = step + 1
             return StepResult(step, lr)
 
