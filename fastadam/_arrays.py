@@ -46,6 +46,7 @@ def check_grad(grad: Any, param: npt.NDArray[Any], label: str) -> None:
         If its shape or its memory order is not the parameter's.
     """
     _check_kind(grad, label)
+    grad = grad.view(np.ndarray)  # whatever a subclass says of itself
     if grad.dtype != param.dtype:
         raise TypeError(
             f"{label}.dtype must be its parameter's, {param.dtype!r}, got {grad.dtype!r}"

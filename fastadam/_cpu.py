@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from numba import prange
 
 from . import _formula, _jit
@@ -81,13 +83,14 @@ def update_chunk(
 
 
 def update_tensors(
-    tensors: Any, chunks: Any, groups: Any, scalars: Any, amsgrad: Any, zero_grad: Any
+    count: Any, tensors: Any, chunks: Any, groups: Any, scalars: Any, amsgrad: Any, zero_grad: Any
 ) -> None:
-    """Take one step.
+    """Take one step, and count it.
 
     ``amsgrad`` is True and ``zero_grad`` a zero of the parameter's type, or
     None where they are off.
     """
+    count[0] += 1
     prepare(tensors, groups, scalars)
     for c in prange(chunks.shape[0]):
         tensor = tensors[chunks[c, CHUNK_TENSOR]]
@@ -108,20 +111,40 @@ update_serial = _jit.kernel(update_tensors)
 update_parallel = _jit.kernel(update_tensors, parallel=True)
 
 
-def update(tables: Sequence[Table], groups: Any, *, amsgrad: bool, zero_grad: bool) -> None:
+def update(
+    tables: Sequence[Table],
+    step_count: npt.NDArray[np.int64],
+    groups: npt.NDArray[np.float64],
+    *,
+    amsgrad: bool,
+    zero_grad: bool,
+) -> None:
     """Update every tensor that has a gradient, in one kernel call for each dtype.
 
     Writes the parameters, their state, their step counts and, with
-    ``zero_grad``, the gradients.
+    ``zero_grad``, the gradients; adds 1 to ``step_count``, shape (1,).
     """
-    calls = []
+    calls: list[tuple[Any, tuple[Any, ...]]] = []
     for table in tables:
         run = update_serial if table.size < SERIAL_BELOW else update_parallel
         flags = True if amsgrad else None, table.zero if zero_grad else None
-        calls.append((run, table, flags))
-    if len(calls) > 1:
-        # What can fail, compiling and starting threads, must do so before the first write.
-        for run, table, flags in calls:
-            run(table.tensors[:0], table.chunks[:0], groups, table.scalars, *flags)
-    for run, table, flags in calls:
-        run(table.tensors, table.chunks, groups, table.scalars, *flags)
+        if len(tables) > 1 and (amsgrad, zero_grad) not in table.tried:
+            # What can fail, compiling and starting threads, must do so before the first write.
+            nothing = table.tensors[:0], table.chunks[:0]
+            run(np.zeros_like(step_count), *nothing, groups, table.scalars, *flags)
+            table.tried.add((amsgrad, zero_grad))
+        count = np.zeros_like(step_count) if calls else step_count  # counted once
+        calls.append((run, (count, table.tensors, table.chunks, groups, table.scalars, *flags)))
+    if not calls:
+        step_count += 1
+    elif len(calls) == 1:
+        ((run, arguments),) = calls
+        run(*arguments)
+    else:
+        # Two dtypes are all there are. A signal is acted on after a call returns,
+        # and nothing of Python's lies between the first return and the second call.
+        (run, arguments), (run_second, arguments_second) = calls
+        try:
+            run(*arguments)
+        finally:
+            run_second(*arguments_second)

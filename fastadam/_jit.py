@@ -1,6 +1,7 @@
 """The only home of compile flags, of the machine primitives and of the compile cache."""
 
 import contextlib
+import functools
 import hashlib
 import os
 import pickle
@@ -131,6 +132,7 @@ def _no_value(context: Any, builder: Any, signature: Any, args: Any) -> Any:
     return context.get_dummy_value()
 
 
+@functools.cache
 def source_digest() -> str:
     """Return a digest of every source that the kernels may be made of.
 

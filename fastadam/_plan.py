@@ -25,8 +25,12 @@ class Plan:
         If parameters share memory.
     """
 
-    def __init__(self, states: Sequence[ParamState], steps: npt.NDArray[np.int64]) -> None:
+    def __init__(
+        self, states: Sequence[ParamState], steps: npt.NDArray[np.int64], step_count: int
+    ) -> None:
         self._states = states
+        # Counted where the parameters' own steps are, in the kernel: no signal comes between.
+        self.step_count = np.array([step_count], dtype=np.int64)
         arrays = [(state.label, state.param) for state in states]
         for state in states:
             arrays += [(f"{state.label}.{n}", array) for n, array in state.arrays().items()]
@@ -43,11 +47,12 @@ class Plan:
         self.steps = steps
 
         params = [state.param for state in states]
-        self._param_ids = _reader.ids(params)
-        self._param_starts, self._sizes = starts[: len(states)], sizes[: len(states)]
+        self._dtypes = [param.dtype for param in params]  # keeps their ids their own
+        self._expected = _reader.expect(params, starts[: len(states)])
+        self._sizes = sizes[: len(states)]
         self._found = np.zeros(len(states), dtype=np.int64)
         self._stale = True
-        self._reads = _reader.works(params, self._param_starts)
+        self._reads = _reader.works(params, self._expected)
 
     @property
     def steps(self) -> npt.NDArray[np.int64]:
@@ -79,9 +84,7 @@ class Plan:
         was_stale, self._stale = self._stale, True
         if self._reads:
             grad_ids = _reader.ids(grads)
-            status = _reader.look(
-                _reader.KINDS, self._param_ids, grad_ids, self._param_starts, found, writable
-            )
+            status = _reader.look(_reader.KINDS, self._expected, grad_ids, found, writable)
         if status == _reader.ODD:
             self._check_grads(grads, labels, writable)
             found[:] = [address(grad) for grad in grads]
@@ -95,6 +98,12 @@ class Plan:
         """Check in Python what was not plainly right: to say what is wrong, or that nothing is."""
         for k, (state, label) in enumerate(zip(self._states, labels, strict=True)):
             check_param(state.param, state.label)
+            _, start, dtype = self._expected[k]
+            if (address(state.param), id(state.param.dtype)) != (start, dtype):
+                raise ValueError(
+                    f"{state.label} must keep the memory and the dtype that it had when the"
+                    f" optimizer was made"
+                )
             grad = grads[k]
             if isinstance(grad, np.generic):  # what arithmetic on 0-d arrays gives
                 grads[k] = np.asarray(grad)
@@ -106,4 +115,4 @@ class Plan:
 
     def update(self, groups: npt.NDArray[np.float64], *, amsgrad: bool, zero_grad: bool) -> None:
         """Take the step: write parameters, state, step counts and, if asked, gradients."""
-        _cpu.update(self.tables, groups, amsgrad=amsgrad, zero_grad=zero_grad)
+        _cpu.update(self.tables, self.step_count, groups, amsgrad=amsgrad, zero_grad=zero_grad)

@@ -30,20 +30,19 @@ SAME, CHANGED, ODD = range(3)
 KINDS = np.array([id(np.ndarray), id(None)], dtype=np.int64)
 
 
-def look(
-    kinds: Any, params: Any, grads: Any, param_starts: Any, starts: Any, writable: Any
-) -> Any:
+def look(kinds: Any, params: Any, grads: Any, starts: Any, writable: Any) -> Any:
     """Write the gradients' addresses to ``starts``, 0 for None; say what was found.
 
     Parameters
     ----------
     kinds : int64 array
         `KINDS`.
-    params, grads : int64 arrays
-        ``id()`` of each object. The caller keeps all of them alive.
-    param_starts : int64 array
-        Where the parameters must still lie.
-    starts : int64 array
+    params : int64 array, shape (n, 3)
+        `expect`: ``id()`` of each parameter, and where its data and its dtype
+        must still lie.
+    grads : int64 array, shape (n,)
+        ``id()`` of each gradient. The caller keeps all of them alive.
+    starts : int64 array, shape (n,)
         What was found the last time.
     writable : bool
         Whether the gradients must be writable.
@@ -52,25 +51,29 @@ def look(
     -------
     int
         SAME or CHANGED, compared with what was in ``starts``, or ODD where an
-        object is no plain array, or does not pair with its parameter. Then
-        ``starts`` is only partly written.
+        object is no plain array, does not pair with its parameter, or where a
+        parameter is not what it was. Then ``starts`` is only partly written.
     """
     found = SAME
-    for k in range(params.size):
-        param, grad, start = params[k], grads[k], 0
+    for k in range(grads.size):
+        param, grad, start = params[k, 0], grads[k], 0
         param_flags = peek(param + _FLAGS, _INT32)
-        if not param_flags & _WRITEABLE or peek(param + _DATA, _INT64) != param_starts[k]:
+        order = _C if param_flags & _C else _F
+        needed = order | _ALIGNED | _WRITEABLE
+        if (
+            param_flags & needed != needed
+            or peek(param + _DATA, _INT64) != params[k, 1]
+            or peek(param + _DESCR, _INT64) != params[k, 2]
+        ):
             return ODD
         if grad != kinds[1]:
             if peek(grad + _TYPE, _INT64) != kinds[0]:
                 return ODD
-            flags = peek(grad + _FLAGS, _INT32)
-            order = _C if param_flags & _C else _F
             needed = order | _ALIGNED | (_WRITEABLE if writable else 0)
             ndim = peek(param + _NDIM, _INT32)
             if (
-                flags & needed != needed
-                or peek(grad + _DESCR, _INT64) != peek(param + _DESCR, _INT64)
+                peek(grad + _FLAGS, _INT32) & needed != needed
+                or peek(grad + _DESCR, _INT64) != params[k, 2]
                 or peek(grad + _NDIM, _INT32) != ndim
             ):
                 return ODD
@@ -93,11 +96,17 @@ def ids(objects: Sequence[Any]) -> npt.NDArray[np.int64]:
     return np.fromiter(map(id, objects), np.int64, len(objects))
 
 
-def works(params: Sequence[Any], starts: npt.NDArray[np.int64]) -> bool:
+def expect(params: Sequence[Any], starts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return what `look` expects of the parameters."""
+    dtypes = [param.dtype for param in params]
+    return np.stack([ids(params), starts, ids(dtypes)], axis=1)
+
+
+def works(params: Sequence[Any], expected: npt.NDArray[np.int64]) -> bool:
     """Whether the structure is the one described here, tried on the parameters themselves."""
     if np.dtype(np.intp).itemsize != 8:
         return False
     views = [param.view(np.ndarray) for param in params]
     found = np.full(len(views), -1, dtype=np.int64)
-    status = look(KINDS, ids(params), ids(views), starts, found, True)
-    return status != ODD and bool((found == starts).all())
+    status = look(KINDS, expected, ids(views), found, True)
+    return status != ODD and bool((found == expected[:, 1]).all())

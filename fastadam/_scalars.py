@@ -1,7 +1,7 @@
 """A step's scalars: what the groups ask for, checked, in float64, for the backend to cast."""
 
 from collections.abc import Callable
-from operator import itemgetter
+from operator import is_, itemgetter
 from typing import Any
 
 import numpy as np
@@ -26,9 +26,7 @@ class Scalars:
         # What every dtype of the group holds; the learning rate that leads beyond it.
         self._largest = [min(_limits("max", d), default=np.inf) for d in self._dtypes]
         self._largest_lr = list(self._largest)
-        tiny = max(_limits("tiny", set().union(*self._dtypes)), default=0.0)
-        self._largest_scale = 1.0 / tiny if tiny else np.inf
-        self._smallest_scale = 1.0 / min(self._largest, default=np.inf)
+        self._tiny = max(_limits("tiny", set().union(*self._dtypes)), default=0.0)
 
     def refresh(
         self, step: int, schedule: Callable[[int], float] | None, grad_scale: float
@@ -45,10 +43,10 @@ class Scalars:
             factor = _options.real(schedule(step), f"schedule({step})")
         inverse = 1.0
         if type(grad_scale) is not float or grad_scale != 1.0:
-            inverse = 1.0 / self._check_scale(grad_scale)
+            inverse = self._invert(grad_scale)
         first = 0.0
         for k, options in enumerate(self._options):
-            if not self._has_seen(k, options):
+            if not self._has_seen(k, options):  # by identity: True is not 1.0
                 self._read(k, options)
             lr, _, _, _, _, maximize = self._seen[k]
             lr *= factor
@@ -64,14 +62,15 @@ class Scalars:
 
     def _has_seen(self, k: int, options: dict[str, Any]) -> bool:
         try:
-            return bool(_hyperparameters(options) == self._seen[k])
-        except ValueError:  # an array, which compares element by element
-            return False
+            now = _hyperparameters(options)
         except KeyError as error:
             raise ValueError(f"param_groups[{k}] must have {error.args[0]!r}") from None
+        seen = self._seen[k]
+        return seen is not None and all(map(is_, now, seen))
 
     def _read(self, k: int, options: dict[str, Any]) -> None:
         label = f"param_groups[{k}]."
+        self._seen[k] = None  # until the row is whole
         checked = _options.check_options(options, label)
         for dtype in self._dtypes[k]:
             _options.check_fits(checked, dtype, label)
@@ -83,17 +82,17 @@ class Scalars:
         row[L2], row[WEIGHT_DECAY] = (0.0, decay) if decoupled else (decay, 0.0)
         # step_size is at most lr/(1-beta1), and 1-decay is lr*weight_decay.
         self._largest_lr[k] = self._largest[k] * (1.0 - row[BETA1]) / max(1.0, row[WEIGHT_DECAY])
-        self._seen[k] = _hyperparameters(options)
+        self._seen[k] = _hyperparameters(checked)
 
-    def _check_scale(self, grad_scale: float) -> float:
-        scale = _options.real(grad_scale, "grad_scale", open_low=True)
-        if not self._smallest_scale <= scale <= self._largest_scale:
+    def _invert(self, grad_scale: float) -> float:
+        inverse = 1.0 / _options.real(grad_scale, "grad_scale", open_low=True)
+        largest = min(self._largest, default=np.inf)
+        if not self._tiny <= inverse <= largest:
             raise ValueError(
-                f"grad_scale must be in [{self._smallest_scale:.4g}, {self._largest_scale:.4g}],"
-                f" so that its inverse is a normal number in the parameters' dtype, got"
-                f" {grad_scale!r}"
+                f"1/grad_scale must be in [{self._tiny:.4g}, {largest:.4g}], the normal numbers"
+                f" of the parameters' dtype, got {grad_scale!r}"
             )
-        return scale
+        return inverse
 
 
 def _limits(name: str, dtypes: set[np.dtype[Any]]) -> list[float]:

@@ -31,6 +31,12 @@ class ParamState:
         largest = zeros(param) if amsgrad else None
         return cls(key, label, param, group, zeros(param), zeros(param), largest)
 
+    def thaw(self) -> None:
+        """Replace state that cannot be written, as unpickling may give, by a copy."""
+        for name, array in self.arrays().items():
+            if not array.flags.writeable:
+                setattr(self, name, array.copy("K"))
+
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Return the state's own arrays by the names they have in a state_dict."""
         named = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
@@ -127,12 +133,14 @@ def import_state(
         for s in states:
             if s.group == k:
                 _options.check_fits(options[-1], s.param.dtype, label)
-    # An optimizer's own live arrays must not be overwritten before they are read.
+    # An optimizer's own live arrays, and views, must not be overwritten before they are read.
     live = {id(array) for s in states for array in s.arrays().values()}
-    arrays = []
+    arrays: list[Mapping[str, Any]] = []
     for s in states:
-        given = {name: found[s.key][name] for name in s.arrays()}
-        arrays.append({n: np.array(a) if id(a) in live else a for n, a in given.items()})
+        given = {name: np.asarray(found[s.key][name]) for name in s.arrays()}
+        arrays.append(
+            {n: a if a.base is None and id(a) not in live else a.copy() for n, a in given.items()}
+        )
     steps = np.array([index(found[s.key]["step"]) for s in states], dtype=np.int64)
     return LoadedState(arrays, steps, options, index(step_count))  # type: ignore[arg-type]
 
@@ -175,8 +183,8 @@ def _mismatches(state: ParamState, found: Any) -> list[str]:
                 continue
             if array.shape != own.shape or array.dtype != own.dtype:
                 wrong.append(
-                    f"{place}[{name!r}] is {array.dtype.name} {array.shape}, not"
-                    f" {own.dtype.name} {own.shape}"
+                    f"{place}[{name!r}] is {array.dtype!r} {array.shape}, not"
+                    f" {own.dtype!r} {own.shape}"
                 )
     return wrong
 

@@ -36,6 +36,7 @@ class Table:
         self.scalars = np.zeros((len(own), SCALARS), dtype=dtype)
         self.zero = dtype.type(0)
         self.size = int(self.tensors[:, SIZE].sum())
+        self.tried: set[tuple[bool, bool]] = set()  # options whose kernel has been compiled
 
 
 def cut(sizes: Addresses) -> Addresses:

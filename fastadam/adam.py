@@ -133,17 +133,16 @@ class Adam:
         )
         amsgrad = _options.flag(amsgrad, "amsgrad")
         self._schedule = _options.check_schedule(schedule)
-        self._step_count = 0
-        self._turn = _Turn()
+        self._lock = threading.Lock()
         groups = Groups(params, defaults, amsgrad=amsgrad)
-        self._install(groups, np.zeros(len(groups.states), dtype=np.int64))
+        self._install(groups, np.zeros(len(groups.states), dtype=np.int64), 0)
 
-    def _install(self, groups: Groups, steps: Any) -> None:
+    def _install(self, groups: Groups, steps: Any, step_count: int) -> None:
         """Lay out the tables that the kernel reads; raise before anything is replaced."""
         # Here, since it brings the compiler along: most of what an import would cost.
         from ._plan import Plan
 
-        plan = Plan(groups.states, steps)
+        plan = Plan(groups.states, steps, step_count)
         scalars = Scalars(groups)
         self._groups, self._plan, self._scalars = groups, plan, scalars
 
@@ -162,6 +161,8 @@ class Adam:
         ------
         TypeError, ValueError
             As the constructor; the optimizer is then as it was.
+        RuntimeError
+            If a step is under way.
 
         Examples
         --------
@@ -171,11 +172,11 @@ class Adam:
         >>> opt.step([[np.ones(2)], [np.ones(3)]])
         StepResult(step=0, lr=0.01)
         """
-        with self._turn:
+        with take_turn(self._lock):
             groups = self._groups.extended(group)
             steps = np.zeros(len(groups.states), dtype=np.int64)
             steps[: len(self._groups.states)] = self._plan.steps
-            self._install(groups, steps)
+            self._install(groups, steps, self.step_count)
 
     def step(self, grads: Any, *, grad_scale: float = 1.0, zero_grad: bool = False) -> StepResult:
         """Update every parameter that has a gradient, in place.
@@ -220,9 +221,9 @@ class Adam:
         (array([[-0.5, -0.5],
                [-0.5, -0.5]]), array([0., 0.]))
         """
-        with self._turn:
+        with take_turn(self._lock):
             groups, plan, scalars = self._groups, self._plan, self._scalars
-            step = self._step_count
+            step = self.step_count
             # The user's own code first, in containers and schedule; then nothing but ours
             # until the kernel has run. The list keeps the gradients alive that long.
             flat = groups.flatten(grads)
@@ -231,13 +232,12 @@ class Adam:
             lr = scalars.refresh(step, self._schedule, grad_scale)
             plan.take_grads(flat, groups.labels, writable=zero_grad)
             plan.update(scalars.rows, amsgrad=groups.amsgrad, zero_grad=zero_grad)
-            self._step_count = step + 1
             return StepResult(step, lr)
 
     @property
     def step_count(self) -> int:
         """Calls of `step` so far: the number the schedule is asked for next."""
-        return self._step_count
+        return int(self._plan.step_count[0])
 
     @property
     def amsgrad(self) -> bool:
@@ -300,6 +300,11 @@ class Adam:
             dtype); ``"param_groups"``: the hyperparameters, with the names or
             places as ``"params"``; ``"step_count"`` (int).
 
+        Raises
+        ------
+        RuntimeError
+            If a step is under way.
+
         Examples
         --------
         >>> import numpy as np, fastadam
@@ -308,8 +313,9 @@ class Adam:
         >>> opt.state_dict()["state"]["w"]["exp_avg"]
         array([0.1, 0.1])
         """
-        groups = self._groups
-        return export_state(groups.states, self._plan.steps, groups.options, self._step_count)
+        with take_turn(self._lock):
+            groups = self._groups
+            return export_state(groups.states, self._plan.steps, groups.options, self.step_count)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over the state that `state_dict` returned, by name where there are names.
@@ -321,6 +327,8 @@ class Adam:
         TypeError, ValueError
             If names, shapes, dtypes, groups or hyperparameters do not fit, with
             every mismatch in the message. The optimizer is then as it was.
+        RuntimeError
+            If a step is under way.
 
         Examples
         --------
@@ -332,7 +340,7 @@ class Adam:
         >>> new.step_count, new.state["w"]["step"]
         (1, 1)
         """
-        with self._turn:
+        with take_turn(self._lock):
             groups = self._groups
             loaded = import_state(state_dict, groups.states, groups.options)
             for state, arrays in zip(groups.states, loaded.arrays, strict=True):
@@ -341,20 +349,23 @@ class Adam:
             self._plan.steps = loaded.steps
             for own, options in zip(groups.options, loaded.options, strict=True):
                 own.update(options)
-            self._step_count = loaded.step_count
+            self._plan.step_count[0] = loaded.step_count
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what holds addresses: a copy must not write to the original's arrays."""
-        left_out = ("_plan", "_scalars", "_turn")
-        kept = {name: value for name, value in vars(self).items() if name not in left_out}
-        return {**kept, "steps": self._plan.steps}
+        left_out = ("_lock", "_plan", "_scalars")
+        with take_turn(self._lock):
+            kept = {name: value for name, value in vars(self).items() if name not in left_out}
+            return {**kept, "steps": self._plan.steps, "step_count": self.step_count}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
         """Find the arrays of the copy where they lie now."""
-        steps = kept.pop("steps")
+        steps, step_count = kept.pop("steps"), kept.pop("step_count")
         vars(self).update(kept)
-        self._turn = _Turn()
-        self._install(self._groups, steps)
+        for state in self._groups.states:
+            state.thaw()
+        self._lock = threading.Lock()
+        self._install(self._groups, steps, step_count)
 
     def __copy__(self) -> "Adam":
         raise TypeError("copy.copy would share params and state: use copy.deepcopy")
@@ -365,7 +376,7 @@ class Adam:
         dtypes = ", ".join(table.zero.dtype.name for table in self._plan.tables) or "no dtype"
         head = (
             f"{type(self).__name__}({len(groups.states)} parameters, {elements:,} elements of"
-            f" {dtypes}, step_count={self._step_count}, amsgrad={groups.amsgrad},"
+            f" {dtypes}, step_count={self.step_count}, amsgrad={groups.amsgrad},"
             f" schedule={self._schedule!r})"
         )
         lines = [head]
@@ -436,15 +447,17 @@ class AdamW(Adam):
         )
 
 
-class _Turn:
-    """One step at a time: a second one, in a thread or a schedule, is refused, not awaited."""
+def take_turn(lock: threading.Lock) -> threading.Lock:
+    """Return the lock of an optimizer for a with statement, unless a step is under way.
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+    The lock itself, since Python cannot be interrupted between its being taken
+    and the with statement's knowing so.
 
-    def __enter__(self) -> None:
-        if not self._lock.acquire(blocking=False):
-            raise RuntimeError("an optimizer must not be changed in the middle of its own step")
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
+    Raises
+    ------
+    RuntimeError
+        Rather than wait: it may be the step's own schedule that asks.
+    """
+    if lock.locked():
+        raise RuntimeError("an optimizer must not be used in the middle of its own step")
+    return lock

@@ -213,7 +213,7 @@ def test_one_kernel_call_for_all_groups_and_arrays(monkeypatch):
     calls = []
     kernel = _cpu.update_serial
     monkeypatch.setattr(
-        _cpu, "update_serial", lambda *args: calls.append(len(args[0])) or kernel(*args)
+        _cpu, "update_serial", lambda *args: calls.append(len(args[1])) or kernel(*args)
     )
     params = [[np.zeros(3) for _ in range(20)] for _ in range(5)]
     opt = fastadam.Adam([{"params": group, "lr": k} for k, group in enumerate(params)])
@@ -234,10 +234,10 @@ def test_dtypes_mixed_in_one_optimizer():
 def test_mixed_dtypes_are_updated_all_or_none(monkeypatch):
     """A kernel that fails to compile does so before another dtype's has written."""
 
-    def fail(tensors, chunks, groups, scalars, amsgrad, zero_grad):
+    def fail(count, tensors, chunks, groups, scalars, amsgrad, zero_grad):
         if scalars.dtype == np.float32:
             raise RuntimeError("no threads to be had")
-        kernel(tensors, chunks, groups, scalars, amsgrad, zero_grad)
+        kernel(count, tensors, chunks, groups, scalars, amsgrad, zero_grad)
 
     kernel = _cpu.update_serial
     params = [np.ones(2), np.ones(2, np.float32)]

@@ -23,7 +23,8 @@ def assembly(dtype, amsgrad, zero_grad, parallel):
     kernel = njit(parallel=parallel, **_jit.FLAGS)(_cpu.update_tensors)  # no cache: it has no text
     tensors, chunks = np.zeros((0, 10), np.int64), np.zeros((0, 3), np.int64)
     groups, scalars = np.zeros((0, 7)), np.zeros((0, 10), dtype)
-    kernel(tensors, chunks, groups, scalars, amsgrad, dtype(0) if zero_grad else None)
+    count, zero = np.zeros(1, np.int64), dtype(0) if zero_grad else None
+    kernel(count, tensors, chunks, groups, scalars, amsgrad, zero)
     (signature,) = kernel.signatures
     return kernel.overloads[signature].library.get_asm_str()
 

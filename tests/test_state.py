@@ -93,9 +93,14 @@ def edit(state, path, value):
             ["state", "w", "exp_avg"],
             np.zeros(12),
             ValueError,
-            r"is float64 \(12,\), not .*\(3, 4\)",
+            r"\(12,\), not .*\(3, 4\)",
         ),
-        (["state", "b", "exp_avg"], np.zeros(4), ValueError, r"is float64 \(4,\), not float32"),
+        (
+            ["state", "b", "exp_avg"],
+            np.zeros(4),
+            ValueError,
+            r"is .*float64.* \(4,\), not .*float32",
+        ),
         (
             ["state", "w", "step"],
             -1,
@@ -229,6 +234,24 @@ def test_live_state_can_be_loaded():
     swapped["state"] = {0: opt.state[1], 1: opt.state[0]}
     opt.load_state_dict(swapped)
     assert [opt.state[k]["exp_avg"][0] for k in (0, 1)] == pytest.approx([0.2, 0.1])
+    views = {k: {**s, "exp_avg": s["exp_avg"][:]} for k, s in opt.state.items()}
+    opt.load_state_dict({**swapped, "state": {0: views[1], 1: views[0]}})
+    assert [opt.state[k]["exp_avg"][0] for k in (0, 1)] == pytest.approx([0.1, 0.2])
+
+
+def test_state_unpickled_into_read_only_memory_is_copied():
+    params = np.ones(4)
+    opt = fastadam.Adam(params, amsgrad=True)
+    opt.step(np.ones(4))
+    buffers = []
+    data = pickle.dumps((params, opt), protocol=5, buffer_callback=buffers.append)
+    frozen = [bytes(b) for b in buffers[1:]]
+    twin, other = pickle.loads(data, buffers=[bytearray(buffers[0]), *frozen])
+    kept = [bytes(bytearray(b)) for b in frozen]
+    other.step(np.ones(4))
+    assert frozen == kept
+    opt.step(np.ones(4))
+    np.testing.assert_array_equal(twin, params)
 
 
 def test_a_shallow_copy_is_refused():

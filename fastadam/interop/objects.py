@@ -1,5 +1,6 @@
 """Objects with ``.data`` and ``.grad``: scalars of a hand-written autograd, or arrays."""
 
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..adam import Adam, StepResult
+from ..adam import Adam, StepResult, take_turn
 
 
 class ObjectAdam:
@@ -72,6 +73,7 @@ class ObjectAdam:
             self._arrays[k] = self._values[place : place + 1].reshape(())
             self._views[k] = self._slopes[place : place + 1].reshape(())
         self._read_values()
+        self._lock = threading.Lock()
         self.optimizer = Adam(self._arrays, lr, betas, eps, **options)
 
     def step(self, *, grad_scale: float = 1.0) -> StepResult:
@@ -95,17 +97,20 @@ class ObjectAdam:
         TypeError, ValueError
             For a value or gradient of the wrong kind, as `Adam.step`. No
             object has then been changed.
+        RuntimeError
+            If a step is under way, in another thread.
         """
-        self._read_values()
-        grads = [self._read_grad(k, thing) for k, thing in enumerate(self._objects)]
-        result = self.optimizer.step(grads, grad_scale=grad_scale, zero_grad=True)
-        for k, value in zip(self._scalars, self._values.tolist(), strict=True):
-            if grads[k] is not None:
-                self._objects[k].data = value
-        for thing in self._objects:
-            if thing.grad is not None and not isinstance(thing.grad, np.ndarray):
-                thing.grad = 0.0
-        return result
+        with take_turn(self._lock):
+            self._read_values()
+            grads = [self._read_grad(k, thing) for k, thing in enumerate(self._objects)]
+            result = self.optimizer.step(grads, grad_scale=grad_scale, zero_grad=True)
+            for k, value in zip(self._scalars, self._values.tolist(), strict=True):
+                if grads[k] is not None:
+                    self._objects[k].data = value
+            for thing in self._objects:
+                if thing.grad is not None and not isinstance(thing.grad, np.ndarray):
+                    thing.grad = 0.0
+            return result
 
     def _read_values(self) -> None:
         scalars = [self._objects[k].data for k in self._scalars]
@@ -171,19 +176,25 @@ class ObjectAdam:
         """Take over such a state, as `Adam.load_state_dict`."""
         self.optimizer.load_state_dict(state_dict)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Make a copy anew over the copied objects: its arrays must be views of its own."""
+    def __getstate__(self) -> dict[str, Any]:
+        """Keep the objects and the state; the arrays are made anew, as views of their own."""
         optimizer = self.optimizer
-        return _remake, (self._objects, optimizer.amsgrad, optimizer.schedule, self.state_dict())
+        return {
+            "objects": self._objects,
+            "options": {"amsgrad": optimizer.amsgrad, "schedule": optimizer.schedule},
+            "state": optimizer.state_dict(),
+        }
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        """Bind the copied objects."""
+        ObjectAdam.__init__(self, kept["objects"], **kept["options"])
+        self.load_state_dict(kept["state"])
+
+    def __copy__(self) -> "ObjectAdam":
+        raise TypeError("copy.copy would share the objects: use copy.deepcopy")
 
     def __repr__(self) -> str:
         return f"from_objects({self.optimizer!r})"
-
-
-def _remake(objects: list[Any], amsgrad: bool, schedule: Any, state: Any) -> ObjectAdam:
-    copy = ObjectAdam(objects, amsgrad=amsgrad, schedule=schedule)
-    copy.load_state_dict(state)
-    return copy
 
 
 def _check_real(value: Any, label: str, rule: str) -> None:
