@@ -135,7 +135,8 @@ def test_no_sources_no_cache(tmp_path):
 
 def test_a_relative_folder_stays_where_it_was(tmp_path):
     (tmp_path / "elsewhere").mkdir()
-    code = STEP.replace("param =", "os.chdir('elsewhere')\nparam =")
+    made = "opt = fastadam.Adam(param, lr=0.5); os.chdir('elsewhere'); opt.step"
+    code = STEP.replace("fastadam.Adam(param, lr=0.5).step", made)
     assert finish(start(tmp_path, code, NUMBA_CACHE_DIR="cache")) == (0, 1, 0.5)
     assert len(kernels(tmp_path)) == 1
     assert not list((tmp_path / "elsewhere").iterdir())
