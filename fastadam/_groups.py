@@ -34,6 +34,10 @@ class Groups:
         self.nested = isinstance(params, list | tuple) and any(
             isinstance(param, Mapping) for param in params
         )
+        if isinstance(params, Mapping) and "params" in params:
+            beside = set(params) - {"params"}
+            if beside and beside <= set(_options.NAMES):
+                raise TypeError("params must be a list of group dicts, got one that is in no list")
         for group in params if self.nested else [{"params": params}]:
             self._append(group)
         self._name()

@@ -99,6 +99,7 @@ def check_fits(options: Mapping[str, Any], dtype: np.dtype[Any], label: str = ""
 
 def check_schedule(schedule: Any) -> Callable[[int], float] | None:
     """Return the schedule, or raise TypeError if it cannot be called."""
-    if schedule is not None and not callable(schedule):
-        raise TypeError(f"schedule must be None or callable, got {schedule!r}")
-    return schedule  # type: ignore[no-any-return]
+    # A class can be called too: schedule=cosine, for cosine(num_steps).
+    if schedule is not None and (not callable(schedule) or isinstance(schedule, type)):
+        raise TypeError(f"schedule must be None or callable with a step, got {schedule!r}")
+    return schedule

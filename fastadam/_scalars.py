@@ -22,6 +22,8 @@ class Scalars:
         self.rows = np.zeros((len(groups.options), GRAD_FACTOR + 1), dtype=np.float64)
         self._options = groups.options
         self._seen: list[Any] = [None] * len(groups.options)
+        self._keys = [set(options) for options in groups.options]
+        self._params = [options["params"] for options in groups.options]
         self._dtypes = groups.dtypes()
         # What every dtype of the group holds; the learning rate that leads beyond it.
         self._largest = [min(_limits("max", d), default=np.inf) for d in self._dtypes]
@@ -65,6 +67,11 @@ class Scalars:
             now = _hyperparameters(options)
         except KeyError as error:
             raise ValueError(f"param_groups[{k}] must have {error.args[0]!r}") from None
+        if len(options) != len(self._keys[k]) or options.get("params") is not self._params[k]:
+            raise ValueError(
+                f"param_groups[{k}] must keep its keys and its 'params', got"
+                f" {sorted(map(str, options.keys() ^ self._keys[k])) or 'other params'}"
+            )
         seen = self._seen[k]
         return seen is not None and all(map(is_, now, seen))
 

@@ -65,7 +65,7 @@ class Adam:
         step, each in [0, 1).
     eps : float
         Added to the root of the second moment, >= 0, in units of the
-        gradient.
+        gradient. With 0, an element whose gradients were all 0 becomes NaN.
     weight_decay : float
         Strength of the decay of the parameters towards 0, >= 0: added to the
         gradient as ``weight_decay * param`` (L2), or decoupled.

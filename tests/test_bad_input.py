@@ -62,6 +62,7 @@ def test_bad_params(case):
         (3.0, TypeError, "params must be an array, a sequence or a mapping .* got float"),
         ("w", TypeError, "params must be an array, a sequence or a mapping .* got str"),
         ({1, 2}, TypeError, "params must be an array, a sequence or a mapping .* got set"),
+        ({"params": [], "lr": 0.1}, TypeError, "params must be a list of group dicts, got one"),
         ({1: np.zeros(2)}, TypeError, "params must be keyed by str, got key 1"),
         ([{"lr": 0.1}], TypeError, r"params\[0\] must be a dict with 'params'"),
         ([{"params": []}, np.zeros(2)], TypeError, r"params\[1\] must be a dict with 'params'"),
@@ -154,8 +155,9 @@ def test_hyperparameters(name, value, error, message):
 def test_amsgrad_and_schedule_of_the_wrong_kind():
     with pytest.raises(TypeError, match="amsgrad must be True or False, got 1"):
         fastadam.Adam([], amsgrad=1)
-    with pytest.raises(TypeError, match=r"schedule must be None or callable, got 0.5"):
-        fastadam.Adam([], schedule=0.5)
+    for schedule in (0.5, fastadam.schedules.cosine):
+        with pytest.raises(TypeError, match=r"schedule must be None or callable with a step, got"):
+            fastadam.Adam([], schedule=schedule)
 
 
 def test_numpy_numbers_are_numbers():
@@ -580,6 +582,15 @@ def test_hyperparameters_that_are_missing_or_no_numbers(pair):
         opt.step(grads)
     assert "lr=None" in repr(opt)
     opt.param_groups[0]["lr"] = 0.1
+    opt.param_groups[0]["LR"] = 7
+    with pytest.raises(ValueError, match=r"must keep its keys and its 'params', got \['LR'\]"):
+        opt.step(grads)
+    del opt.param_groups[0]["LR"]
+    kept = opt.param_groups[0]["params"]
+    opt.param_groups[0]["params"] = (np.ones(2),)
+    with pytest.raises(ValueError, match="must keep its keys and its 'params', got other params"):
+        opt.step(grads)
+    opt.param_groups[0]["params"] = kept
     assert picture() == before
 
 

@@ -44,13 +44,13 @@ def test_what_it_prints(capsys):
     out, err = capsys.readouterr()
     assert err == ""  # no progress bar where nobody looks
     assert out.startswith("Training 4,192 parameters (float64) on 5,163 names")
-    assert "the first run compiles the kernel" in out
+    assert "the very first run compiles the kernel" in out
     assert "Mean loss: " in out
     assert "(a uniform guess: 3.296)" in out
     assert "s in all, " in out
     assert " microseconds." in out
     assert "⠀" in out
-    names = out.partition("20 names it made up:\n")[2].splitlines()
+    names = out.partition("20 names it made up, ")[2].splitlines()[1:]
     assert [len(row.split()) for row in names] == [5, 5, 5, 5]
 
 
@@ -206,7 +206,7 @@ def test_disk_that_fills_up(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", full)
     path = tmp_path / "out.json"
-    assert cli.main(["train", "--steps", "1", "--json", str(path)]) == 2
+    assert cli.main(["train", "--steps", "1", "--json", str(path)]) == 1
     err = capsys.readouterr().err
     assert err == f"fastadam train: error: cannot write {path}: No space left on device\n"
 
@@ -253,10 +253,37 @@ def test_as_a_program(tmp_path):
     done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=tmp_path)
     assert done.stderr == ""
     assert done.returncode == 0
-    assert "20 names it made up:" in done.stdout
+    assert "20 names it made up, " in done.stdout
 
 
 def test_examples():
     failed, tried = doctest.testmod(cli)
     assert failed == 0
     assert tried > 0
+
+
+def test_names_longer_than_the_context_are_told(tmp_path, capsys):
+    path = tmp_path / "names.txt"
+    path.write_text("abcdefghijklmnopqrstuvwxyz\nada\n")
+    assert cli.main(["train", "--names", str(path), "--steps", "2", "--samples", "1"]) == 0
+    assert (
+        "Of names of more than 16 letters, 1 here, the rest is not learnt."
+        in capsys.readouterr().out
+    )
+
+
+def test_a_full_disk_under_the_output(monkeypatch, capsys):
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fastadam.cli.info.say", full)
+    assert cli.main(["info"]) == 1
+    assert capsys.readouterr().err == "fastadam info: error: No space left on device\n"
+
+
+@pytest.mark.parametrize("columns", [20, 40, 200])
+def test_the_curve_fits_the_terminal(monkeypatch, capsys, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert cli.main(["train", "--steps", "3", "--samples", "0"]) == 0
+    curve = capsys.readouterr().out.partition("over the steps:\n")[2].partition("\n\n")[0]
+    assert max(map(len, curve.splitlines())) <= columns

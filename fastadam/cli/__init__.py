@@ -95,6 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # at exit; let that go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # the disk under stdout is full
+        print(f"{prog}: error: {error.strerror or error}", file=sys.stderr)
+        return 1
     return status
 
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import platform
+import shutil
 import sys
 import time
 from importlib import metadata
@@ -126,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
     import numpy as np
 
     import fastadam
-    from fastadam.demo.model import init_params, sample
+    from fastadam.demo.model import CONTEXT, init_params, sample
     from fastadam.demo.train import train
 
     # The first step is as long as lr / (1 - beta1) at most, before the moments are divided.
@@ -144,8 +145,11 @@ def run(args: argparse.Namespace) -> int:
     )
     say(
         f"Training {sum(param.size for param in params.values()):,} parameters ({args.dtype}) "
-        f"on {len(names):,} names, one name per step; the first run compiles the kernel."
+        f"on {len(names):,} names, one name per step; the very first run compiles the kernel."
     )
+    long = sum(len(name) > CONTEXT for name in names)
+    if long:
+        say(f"Of names of more than {CONTEXT} letters, {long} here, the rest is not learnt.")
     steps = train(params, names, optimizer, num_steps=args.steps, rng=order_rng)
     try:
         records = list(_progress(steps, args.steps))
@@ -154,7 +158,7 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f"{error}; try a lower --lr than {args.lr:g}", status=1) from error
     seconds = time.perf_counter() - began
 
-    _show(records, samples, seconds)
+    _show(records, samples, names, seconds)
     if args.json is not None:
         report = _report(args, len(names), records, samples, seconds)
         text = json.dumps(report, indent=1, allow_nan=False)
@@ -223,17 +227,20 @@ def _progress(records: Iterable[StepRecord], num_steps: int) -> Iterator[StepRec
             yield record
 
 
-def _show(records: Sequence[StepRecord], samples: Sequence[str], seconds: float) -> None:
+def _show(
+    records: Sequence[StepRecord], samples: Sequence[str], names: Sequence[str], seconds: float
+) -> None:
     from fastadam.demo.data import VOCAB_SIZE
     from fastadam.demo.figures import text_curve
 
     say("\nLoss, smoothed, over the steps:")
     smoothed = [record.smoothed_loss for record in records]
-    curve = text_curve(smoothed)
+    width = max(10, min(64, shutil.get_terminal_size().columns - 8))
+    curve = text_curve(smoothed, width=width)
     try:
         curve.encode(sys.stdout.encoding or "ascii")
     except UnicodeEncodeError:
-        curve = text_curve(smoothed, ascii_only=True)
+        curve = text_curve(smoothed, width=width, ascii_only=True)
     say(curve)
 
     losses = [record.loss for record in records]
@@ -249,7 +256,8 @@ def _show(records: Sequence[StepRecord], samples: Sequence[str], seconds: float)
         f"{times[0]:.3f} s for the first step, median {median(times) * 1e6:.0f} microseconds."
     )
     if samples:
-        say(f"\n{len(samples)} names it made up:")
+        new = len(set(samples) - set(names))
+        say(f"\n{len(samples)} names it made up, {new} of them not in the list:")
     for start in range(0, len(samples), 5):
         row = (name or "(empty)" for name in samples[start : start + 5])
         say(("  " + " ".join(f"{name:<16}" for name in row)).rstrip())
@@ -293,5 +301,5 @@ def _write(path: Path, save: Callable[[Path], object]) -> None:
     try:
         save(path)
     except OSError as error:
-        raise CommandError(f"cannot write {path}: {error.strerror or error}") from error
+        raise CommandError(f"cannot write {path}: {error.strerror or error}", status=1) from error
     say(f"Saved {path}")

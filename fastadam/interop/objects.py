@@ -223,7 +223,7 @@ def from_objects(
     params : iterable of objects
         Each with ``.data``, a real number (computed with in float64) or a
         NumPy array of float32 or float64 (updated in place), and ``.grad``,
-        of the same kind, or None.
+        of the same kind, or None. All are one group, known by their places.
     lr, betas, eps, **options
         As in `Adam`.
 
