@@ -9,7 +9,7 @@ import numpy as np
 from . import _options
 from ._arrays import check_param
 from ._containers import Container
-from ._state import ParamState
+from ._state import ParamState, by_group
 
 
 class Groups:
@@ -118,10 +118,8 @@ class Groups:
 
     def dtypes(self) -> list[set[np.dtype[Any]]]:
         """Return the dtypes of each group's parameters."""
-        found: list[set[np.dtype[Any]]] = [set() for _ in self.options]
-        for state in self.states:
-            found[state.group].add(state.param.dtype)
-        return found
+        members = by_group(self.states, len(self.options))
+        return [{state.param.dtype for state in states} for states in members]
 
 
 def describe(options: Mapping[str, Any], params: Sequence[Any]) -> str:

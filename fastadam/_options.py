@@ -10,11 +10,16 @@ import numpy as np
 NAMES = ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "maximize")
 
 
+def is_real(value: Any) -> bool:
+    """Whether a value is a real number of Python's or NumPy's; a bool is none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def real(value: Any, name: str, *, low: float = 0.0, open_low: bool = False) -> float:
     """Return a finite real number not under ``low`` as a float, or raise."""
-    if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
+    if not is_real(value):
         raise TypeError(f"{name} must be a real number, got {value!r}")
-    number = _as_float(value)
+    number = as_float(value)
     in_range = number > low if open_low else number >= low
     if not (in_range and math.isfinite(number)):
         sign = ">" if open_low else ">="
@@ -22,10 +27,11 @@ def real(value: Any, name: str, *, low: float = 0.0, open_low: bool = False) -> 
     return number
 
 
-def _as_float(value: Any) -> float:
+def as_float(value: Any) -> float:
+    """Return a real number as a float, inf for an integer that is too large for one."""
     try:
         return float(value)
-    except OverflowError:  # an integer too large for a float
+    except OverflowError:
         return math.inf
 
 
@@ -41,9 +47,9 @@ def check_betas(value: Any, name: str) -> tuple[float, float]:
     if not isinstance(value, tuple | list) or len(value) != 2:
         raise TypeError(f"{name} must be a pair of real numbers, got {value!r}")
     for k, beta in enumerate(value):
-        if isinstance(beta, bool | np.bool_) or not isinstance(beta, Real):
+        if not is_real(beta):
             raise TypeError(f"{name}[{k}] must be a real number, got {beta!r}")
-        if not 0.0 <= _as_float(beta) < 1.0:
+        if not 0.0 <= as_float(beta) < 1.0:
             raise ValueError(f"{name}[{k}] must be in [0, 1), got {beta!r}")
     return float(value[0]), float(value[1])
 

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Callable, Iterable
-from numbers import Real
 from operator import index
 from typing import ClassVar, TypeAlias, TypeVar
 
 from ._exact import cos_pi
+from ._options import as_float, is_real
 
 Schedule: TypeAlias = Callable[[int], float]
 
@@ -38,12 +38,9 @@ def _real(
     holds: Callable[[float], bool] = lambda x: x >= 0.0,
 ) -> float:
     message = f"{name} must be {rule}, got {value!r}"
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not is_real(value):
         raise TypeError(message)
-    try:
-        number = float(value)
-    except OverflowError:  # a Python integer too large for a float
-        raise ValueError(message) from None
+    number = as_float(value)
     if not (math.isfinite(number) and holds(number)):
         raise ValueError(message)
     return number

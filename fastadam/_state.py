@@ -45,6 +45,14 @@ class ParamState:
         return named
 
 
+def by_group(states: Sequence[ParamState], groups: int) -> list[list[ParamState]]:
+    """Return the states of each group."""
+    members: list[list[ParamState]] = [[] for _ in range(groups)]
+    for state in states:
+        members[state.group].append(state)
+    return members
+
+
 def zeros(like: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return zeros in the shape, dtype and memory order of ``like``."""
     order: Literal["C", "F"] = "C" if like.flags.c_contiguous else "F"
@@ -75,9 +83,9 @@ def export_state(
     param_groups = [
         {
             **{name: group[name] for name in _options.NAMES},
-            "params": [s.key for s in states if s.group == k],
+            "params": [s.key for s in members],
         }
-        for k, group in enumerate(groups)
+        for group, members in zip(groups, by_group(states, len(groups)), strict=True)
     ]
     return {"state": state, "param_groups": param_groups, "step_count": step_count}
 
@@ -108,6 +116,7 @@ def import_state(
             )
     found, found_groups = state_dict["state"], state_dict["param_groups"]
     known = {s.key: s for s in states}
+    members = by_group(states, len(groups))
     wrong = [f"state has no {key!r}" for key in known if key not in found]
     wrong += [
         f"state has {key!r}, which the optimizer has not" for key in found if key not in known
@@ -118,8 +127,8 @@ def import_state(
     if len(found_groups) != len(groups):
         wrong.append(f"param_groups has {len(found_groups)} groups, not {len(groups)}")
     else:
-        for k, group in enumerate(found_groups):
-            wrong += _group_mismatches(k, group, [s for s in states if s.group == k])
+        for k, (group, own_states) in enumerate(zip(found_groups, members, strict=True)):
+            wrong += _group_mismatches(k, group, own_states)
     step_count = state_dict.get("step_count")
     if not _is_count(step_count):
         wrong.append(f"step_count must be an integer >= 0 and under 2**62, not {step_count!r}")
@@ -127,12 +136,11 @@ def import_state(
         raise ValueError("state_dict must fit the optimizer: " + "; ".join(wrong))
 
     options = []
-    for k, group in enumerate(found_groups):
+    for k, (group, own_states) in enumerate(zip(found_groups, members, strict=True)):
         label = f"state_dict['param_groups'][{k}]."
         options.append(_options.check_options(group, label))
-        for s in states:
-            if s.group == k:
-                _options.check_fits(options[-1], s.param.dtype, label)
+        for dtype in {s.param.dtype for s in own_states}:
+            _options.check_fits(options[-1], dtype, label)
     # An optimizer's own live arrays, and views, must not be overwritten before they are read.
     live = {id(array) for s in states for array in s.arrays().values()}
     arrays: list[Mapping[str, Any]] = []

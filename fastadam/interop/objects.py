@@ -1,13 +1,14 @@
 """Objects with ``.data`` and ``.grad``: scalars of a hand-written autograd, or arrays."""
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Real
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from .._options import as_float, is_real
 from ..adam import Adam, StepResult, take_turn
 
 
@@ -198,12 +199,10 @@ class ObjectAdam:
 
 
 def _check_real(value: Any, label: str, rule: str) -> None:
-    if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
+    if not is_real(value):
         raise TypeError(f"{label} must be {rule}, got {value!r:.60}")
-    try:
-        float(value)
-    except OverflowError:
-        raise ValueError(f"{label} must fit a float, got an integer of more digits") from None
+    if not isinstance(value, float | np.floating) and math.isinf(as_float(value)):
+        raise ValueError(f"{label} must fit a float, got an integer of more digits")
 
 
 def from_objects(
