@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ._compile import compile  # noqa: A004
 from .adam import Adam, AdamW, StepResult
 from .interop.objects import from_objects
 
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Adam", "AdamW", "StepResult", "__version__", "from_objects", "schedules"]
+__all__ = ["Adam", "AdamW", "StepResult", "__version__", "compile", "from_objects", "schedules"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,9 +1,56 @@
 """The containers that parameters and gradients come in: array, sequence, mapping, groups."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
+
+
+class FixedSequence(tuple[Any, ...]):
+    """Arrays to be written to, not replaced; ``arrays[0] += 1`` is allowed."""
+
+    __slots__ = ()
+
+    def __setitem__(self, place: Any, value: Any) -> None:
+        check_same(self[place], value, f"[{place!r}]")
+
+
+class FixedMapping(Mapping[str, Any]):
+    """The same by name."""
+
+    def __init__(self, items: Iterable[tuple[str, Any]]) -> None:
+        self._arrays = dict(items)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._arrays[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        check_same(self._arrays[name], value, f"[{name!r}]")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def __repr__(self) -> str:
+        return repr(self._arrays)
+
+
+def check_same(array: Any, value: Any, label: str) -> None:
+    """Refuse to replace an array; let pass what an augmented assignment assigns.
+
+    Raises
+    ------
+    TypeError
+        If the value is another object.
+    """
+    if value is not array:
+        raise TypeError(
+            f"{label} must stay the array it is, got {type(value).__qualname__}; write into it:"
+            f" {label}[...] = value"
+        )
 
 
 class Container:
@@ -23,7 +70,6 @@ class Container:
             self.arrays: list[Any] = [params]
         elif isinstance(params, Mapping):
             self.names, self.arrays = list(params), list(params.values())
-            self._known = set(self.names)
             for name in self.names:
                 if not isinstance(name, str):
                     raise TypeError(f"{label} must be keyed by str, got key {name!r}")
@@ -44,8 +90,16 @@ class Container:
         keys = range(len(self.arrays)) if self.names is None else self.names
         return [f"{label}[{key!r}]" for key in keys]
 
-    def flatten(self, grads: Any, label: str) -> list[Any]:
-        """Return the gradients in the order of the parameters.
+    def wrap(self, arrays: Sequence[Any]) -> Any:
+        """Return other arrays in such a container, whose arrays cannot be replaced."""
+        if self.single:
+            return arrays[0]
+        if self.names is not None:
+            return FixedMapping(zip(self.names, arrays, strict=True))
+        return FixedSequence(arrays)
+
+    def flatten(self, grads: Any, label: str) -> tuple[Any, ...]:
+        """Return the gradients in the order of the parameters, in a tuple of our own.
 
         Raises
         ------
@@ -54,18 +108,34 @@ class Container:
         ValueError
             If their number or their names are not the parameters'.
         """
+        # First what is usual, in as few steps of Python as can be.
+        if type(grads) is list or type(grads) is tuple:
+            if self.names is None and not self.single and len(grads) == len(self.arrays):
+                return tuple(grads)
+        elif self.single:
+            return (grads,)
+        elif self.names and type(grads) is dict and len(grads) == len(self.names):
+            try:
+                values = itemgetter(*self.names)(grads)
+            except KeyError:
+                pass  # the message comes below
+            else:
+                return values if len(self.names) > 1 else (values,)
+        return self._flatten_with_care(grads, label)
+
+    def _flatten_with_care(self, grads: Any, label: str) -> tuple[Any, ...]:
         if self.single:
-            return [grads]
+            return (grads,)
         if self.names is not None:
             if not isinstance(grads, Mapping):
                 raise TypeError(
                     f"{label} must be a mapping by name, as params is, got"
                     f" {type(grads).__qualname__}"
                 )
-            if grads.keys() == self._known:
-                return [grads[name] for name in self.names]
+            if grads.keys() == set(self.names):
+                return tuple(grads[name] for name in self.names)
             missing = [name for name in self.names if name not in grads]
-            unknown = [name for name in grads if name not in self._known]
+            unknown = [name for name in grads if name not in self.names]
             raise ValueError(
                 f"{label} must have the names of params (None where there is no gradient),"
                 f" got {len(missing)} missing {missing[:5]} and {len(unknown)} unknown"
@@ -76,7 +146,7 @@ class Container:
             raise TypeError(
                 f"{label} must be a sequence, as params is, got {type(grads).__qualname__}"
             )
-        flat = list(grads)
+        flat = tuple(grads)
         if len(flat) != len(self.arrays):
             raise ValueError(
                 f"{label} must have {len(self.arrays)} entries (None where there is no"

@@ -1,150 +1,290 @@
 """The CPU backend: one kernel call updates any number of separate arrays."""
 
-from collections.abc import Sequence
+import functools
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from numba import prange
+from numba import get_num_threads, prange
 
-from . import _formula, _jit
-from ._jit import load, only_if, store
+from . import _formula, _jit, _reader
+from ._jit import fetch_add, load, only_if, store, sum_squares, table
 from ._tables import (
+    CHUNK_COLUMNS,
+    CHUNK_COUNT,
+    CHUNK_OFFSET,
     CHUNK_SIZE,
-    CHUNK_START,
     CHUNK_TENSOR,
+    CHUNKS,
+    CONTEXT_SIZE,
+    CURSOR_BYTES,
+    CURSORS,
+    DTYPE,
+    EMA,
     EXP_AVG,
     EXP_AVG_SQ,
     GRAD,
     GROUP,
+    GROUP_COLUMNS,
+    GROUP_COUNT,
+    GROUPS,
     MAX_EXP_AVG_SQ,
+    OWN_DTYPE,
     PARAM,
     ROW,
+    ROWS,
+    SCALARS,
     STEP,
-    Table,
+    STEP_COUNT,
+    SUMS,
+    TENSOR_COLUMNS,
+    TENSOR_COUNT,
+    TENSORS,
+    Context,
 )
 
 # Starting the threads costs some 2 to 3 microseconds, what one thread needs for
 # 20,000 elements in its cache: measured, two threads are ahead from about here.
 SERIAL_BELOW = 65_536
 
+# What a kernel returns that has done nothing, since the gradients need a closer look.
+REFUSED = -1
+
+look = _reader.look
 one_minus_power = _jit.inline(_formula.bind(_formula.one_minus_power, fma=_jit.fma))
 step_scalars = _jit.inline(_formula.bind(_formula.step_scalars, one_minus_power=one_minus_power))
 adam_update = _jit.inline(_formula.bind(_formula.adam_update, fma=_jit.fma))
 
+_INT64, _FLOAT64 = np.int64(0), np.float64(0)
+# What a kernel is compiled for: the parameters' type, and for each option True, or
+# None where it is off. `_jit.kernel` puts other values in the place of these.
+FLOAT, AMSGRAD, AVERAGE, ZERO_GRAD = np.float64, None, None, None
+
 
 @_jit.inline
-def prepare(tensors: Any, groups: Any, scalars: Any) -> None:
+def read(context: Any) -> Any:
+    """Return the context's own fields, and the tables of tensors and of chunks."""
+    fields = table(context, 1, CONTEXT_SIZE, _INT64)[0]
+    tensors = table(fields[TENSORS], fields[TENSOR_COUNT], TENSOR_COLUMNS, _INT64)
+    chunks = table(fields[CHUNKS], fields[CHUNK_COUNT], CHUNK_COLUMNS, _INT64)
+    return fields, tensors, chunks
+
+
+@_jit.inline
+def prepare(fields: Any, tensors: Any, scalars: Any) -> None:
     """Count the step of every tensor that has a gradient; give it its row of scalars.
 
     Tensors of one group and one step share a row: as a rule, a row a group.
     """
+    groups = table(fields[GROUPS], fields[GROUP_COUNT], GROUP_COLUMNS, _FLOAT64)
     row, group, step = -1, -1, -1
     for t in range(tensors.shape[0]):
-        if tensors[t, GRAD] != 0:
+        if tensors[t, DTYPE] == fields[OWN_DTYPE] and tensors[t, GRAD] != 0:
             tensors[t, STEP] += 1
             if row < 0 or tensors[t, GROUP] != group or tensors[t, STEP] != step:
                 row, group, step = row + 1, tensors[t, GROUP], tensors[t, STEP]
                 g = groups[group]
-                values = step_scalars(g[0], g[1], g[2], g[3], g[4], g[5], g[6], step)
+                values = step_scalars(g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], step)
                 for k, value in enumerate(values):
                     scalars[row, k] = value  # float64 to the parameter's type, once
             tensors[t, ROW] = row
 
 
 @_jit.inline
-def update_chunk(
-    param: Any, grad: Any, exp_avg: Any, exp_avg_sq: Any, max_exp_avg_sq: Any,
+def update_elements(
+    param: Any, grad: Any, exp_avg: Any, exp_avg_sq: Any, max_exp_avg_sq: Any, ema: Any,
     size: Any, s: Any, l2: Any, zero_grad: Any,
 ) -> None:  # fmt: skip
-    """Update ``size`` elements; the first five are addresses, ``s`` a row of scalars.
+    """Update ``size`` elements; the first six are addresses, ``s`` a row of scalars.
 
-    ``max_exp_avg_sq``, ``l2`` and ``zero_grad`` are None where they are off.
+    ``max_exp_avg_sq``, ``ema``, ``l2`` and ``zero_grad`` are None where they are off.
     """
     grad_factor, decay, beta1, one_minus_beta1 = s[0], s[2], s[3], s[4]
     beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps = s[5], s[6], s[7], s[8], s[9]
+    one_minus_ema_decay = s[10]
     for i in range(size):
-        p, m, v, x = adam_update(
+        p, m, v, x, e = adam_update(
             load(param, i, eps, PARAM),
             load(grad, i, eps, GRAD),
             load(exp_avg, i, eps, EXP_AVG),
             load(exp_avg_sq, i, eps, EXP_AVG_SQ),
             load(max_exp_avg_sq, i, eps, MAX_EXP_AVG_SQ),
+            load(ema, i, eps, EMA),
             grad_factor, l2, decay, beta1, one_minus_beta1,
-            beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps,
+            beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps, one_minus_ema_decay,
         )  # fmt: skip
         store(param, i, p, PARAM)
         store(exp_avg, i, m, EXP_AVG)
         store(exp_avg_sq, i, v, EXP_AVG_SQ)
         if max_exp_avg_sq is not None:
             store(max_exp_avg_sq, i, x, MAX_EXP_AVG_SQ)
+        if ema is not None:
+            store(ema, i, e, EMA)
         if zero_grad is not None:
             store(grad, i, zero_grad, GRAD)
 
 
-def update_tensors(
-    count: Any, tensors: Any, chunks: Any, groups: Any, scalars: Any, amsgrad: Any, zero_grad: Any
+@_jit.inline
+def update_chunk(
+    chunk: Any, tensors: Any, scalars: Any, zero: Any, amsgrad: Any, average: Any, zero_grad: Any
 ) -> None:
-    """Take one step, and count it.
+    """Update a chunk, if its tensor has a gradient. ``zero`` is of the parameters' type."""
+    tensor = tensors[chunk[CHUNK_TENSOR]]
+    if tensor[GRAD] != 0:
+        start = chunk[CHUNK_OFFSET]
+        param, grad = tensor[PARAM] + start, tensor[GRAD] + start
+        m, v = tensor[EXP_AVG] + start, tensor[EXP_AVG_SQ] + start
+        x = only_if(amsgrad, tensor[MAX_EXP_AVG_SQ] + start)
+        e = only_if(average, tensor[EMA] + start)
+        size, s = chunk[CHUNK_SIZE], scalars[tensor[ROW]]
+        z = only_if(zero_grad, zero)
+        # Decided for the chunk, so that the loop has no such question in it.
+        if s[1] == 0:
+            update_elements(param, grad, m, v, x, e, size, s, None, z)
+        else:
+            update_elements(param, grad, m, v, x, e, size, s, s[1], z)
 
-    ``amsgrad`` is True and ``zero_grad`` a zero of the parameter's type, or
-    None where they are off.
+
+@_jit.inline
+def sum_chunk(chunk: Any, tensors: Any, scale: Any, zero: Any) -> Any:
+    """Sum the squares of a chunk's gradients, 0 if there are none."""
+    tensor = tensors[chunk[CHUNK_TENSOR]]
+    if tensor[GRAD] == 0:
+        return 0.0
+    return sum_squares(tensor[GRAD] + chunk[CHUNK_OFFSET], chunk[CHUNK_SIZE], scale, zero)
+
+
+@_jit.inline
+def add_up(sums: Any) -> Any:
+    """Add in pairs, pairs of pairs and so on: in one order, whoever made the terms."""
+    count, stride = sums.size, 1
+    while stride < count:
+        for k in range(0, count - stride, 2 * stride):
+            sums[k] += sums[k + stride]
+        stride *= 2
+    return sums[0] if count > 0 else 0.0
+
+
+@_jit.inline
+def share_out(fields: Any, workers: Any) -> None:
+    """Give every worker an equal run of chunks.
+
+    The runs are the same in every step: a worker finds its own chunks in its
+    caches, and in the memory near it, since it was the first to touch them.
     """
-    count[0] += 1
-    prepare(tensors, groups, scalars)
-    for c in prange(chunks.shape[0]):
-        tensor = tensors[chunks[c, CHUNK_TENSOR]]
-        if tensor[GRAD] != 0:
-            start = chunks[c, CHUNK_START] * scalars.itemsize
-            param, grad = tensor[PARAM] + start, tensor[GRAD] + start
-            m, v = tensor[EXP_AVG] + start, tensor[EXP_AVG_SQ] + start
-            x = only_if(amsgrad, tensor[MAX_EXP_AVG_SQ] + start)
-            size, s = chunks[c, CHUNK_SIZE], scalars[tensor[ROW]]
-            # Decided for the chunk, so that the loop has no such question in it.
-            if s[1] == 0:
-                update_chunk(param, grad, m, v, x, size, s, None, zero_grad)
-            else:
-                update_chunk(param, grad, m, v, x, size, s, s[1], zero_grad)
+    cursors = table(fields[CURSORS], workers, CURSOR_BYTES // 8, _INT64)
+    for w in range(workers):
+        cursors[w, 0] = fields[CHUNK_COUNT] * w // workers
 
 
-update_serial = _jit.kernel(update_tensors)
-update_parallel = _jit.kernel(update_tensors, parallel=True)
+@_jit.inline
+def next_chunk(fields: Any, workers: Any, owner: Any) -> Any:
+    """Take a chunk from the run of ``owner``, whoever asks; -1 if there is none left."""
+    c = fetch_add(fields[CURSORS] + owner * CURSOR_BYTES, 1)
+    return c if c < fields[CHUNK_COUNT] * (owner + 1) // workers else -1
 
 
-def update(
-    tables: Sequence[Table],
-    step_count: npt.NDArray[np.int64],
-    groups: npt.NDArray[np.float64],
-    *,
-    amsgrad: bool,
-    zero_grad: bool,
-) -> None:
-    """Update every tensor that has a gradient, in one kernel call for each dtype.
+def update_serial(context: Any, grads: Any) -> Any:
+    """Take one step, and count it; return the count.
 
-    Writes the parameters, their state, their step counts and, with
-    ``zero_grad``, the gradients; adds 1 to ``step_count``, shape (1,).
+    ``grads`` as in `_reader.look`, or 0 if the table has the gradients'
+    addresses already. Does nothing, and returns REFUSED, if they are not fit.
     """
-    calls: list[tuple[Any, tuple[Any, ...]]] = []
-    for table in tables:
-        run = update_serial if table.size < SERIAL_BELOW else update_parallel
-        flags = True if amsgrad else None, table.zero if zero_grad else None
-        if len(tables) > 1 and (amsgrad, zero_grad) not in table.tried:
-            # What can fail, compiling and starting threads, must do so before the first write.
-            nothing = table.tensors[:0], table.chunks[:0]
-            run(np.zeros_like(step_count), *nothing, groups, table.scalars, *flags)
-            table.tried.add((amsgrad, zero_grad))
-        count = np.zeros_like(step_count) if calls else step_count  # counted once
-        calls.append((run, (count, table.tensors, table.chunks, groups, table.scalars, *flags)))
-    if not calls:
-        step_count += 1
-    elif len(calls) == 1:
-        ((run, arguments),) = calls
-        run(*arguments)
-    else:
-        # Two dtypes are all there are. A signal is acted on after a call returns,
-        # and nothing of Python's lies between the first return and the second call.
-        (run, arguments), (run_second, arguments_second) = calls
-        try:
-            run(*arguments)
-        finally:
-            run_second(*arguments_second)
+    if grads != 0 and not look(context, grads, ZERO_GRAD is not None):
+        return REFUSED
+    fields, tensors, chunks = read(context)
+    scalars = table(fields[ROWS], tensors.shape[0], SCALARS, FLOAT(0))
+    prepare(fields, tensors, scalars)
+    for c in range(chunks.shape[0]):
+        update_chunk(chunks[c], tensors, scalars, FLOAT(0), AMSGRAD, AVERAGE, ZERO_GRAD)
+    count = table(fields[STEP_COUNT], 1, 1, _INT64)
+    count[0, 0] += 1
+    return count[0, 0]
+
+
+def update_parallel(context: Any, workers: Any) -> Any:
+    """Take one step in several threads, the table having the gradients' addresses already."""
+    fields, tensors, chunks = read(context)
+    scalars = table(fields[ROWS], tensors.shape[0], SCALARS, FLOAT(0))
+    prepare(fields, tensors, scalars)
+    share_out(fields, workers)
+    for w in prange(workers):
+        # Its own run, then what others have left: none waits for one that was held up.
+        for k in range(workers):
+            owner = (w + k) % workers
+            c = next_chunk(fields, workers, owner)
+            while c >= 0:
+                update_chunk(chunks[c], tensors, scalars, FLOAT(0), AMSGRAD, AVERAGE, ZERO_GRAD)
+                c = next_chunk(fields, workers, owner)
+    count = table(fields[STEP_COUNT], 1, 1, _INT64)
+    count[0, 0] += 1
+    return count[0, 0]
+
+
+def sum_serial(context: Any, scale: Any) -> Any:
+    """Sum ``(scale*g)**2`` over all gradients of one dtype, in float64."""
+    fields, tensors, chunks = read(context)
+    sums = table(fields[SUMS], 1, chunks.shape[0], _FLOAT64)[0]
+    for c in range(chunks.shape[0]):
+        sums[c] = sum_chunk(chunks[c], tensors, scale, FLOAT(0))
+    return add_up(sums)
+
+
+def sum_parallel(context: Any, scale: Any, workers: Any) -> Any:
+    """Do the same in several threads: the terms are the same, and their order."""
+    fields, tensors, chunks = read(context)
+    sums = table(fields[SUMS], 1, chunks.shape[0], _FLOAT64)[0]
+    share_out(fields, workers)
+    for w in prange(workers):
+        for k in range(workers):
+            owner = (w + k) % workers
+            c = next_chunk(fields, workers, owner)
+            while c >= 0:
+                sums[c] = sum_chunk(chunks[c], tensors, scale, FLOAT(0))
+                c = next_chunk(fields, workers, owner)
+    return add_up(sums)
+
+
+def look_at(context: Any, grads: Any, writable: Any) -> Any:
+    """Look at the gradients, and do no more."""
+    return look(context, grads, writable)
+
+
+look_kernel = _jit.kernel(look_at)
+
+
+@functools.cache
+def update_kernel(
+    dtype: np.dtype[Any], *, parallel: bool, amsgrad: bool, average: bool, zero_grad: bool
+) -> Any:
+    """Return the kernel that has these options, and nothing of the others."""
+    return _jit.kernel(
+        update_parallel if parallel else update_serial,
+        parallel=parallel,
+        FLOAT=dtype.type,
+        AMSGRAD=amsgrad or None,
+        AVERAGE=average or None,
+        ZERO_GRAD=zero_grad or None,
+    )
+
+
+@functools.cache
+def sum_kernel(dtype: np.dtype[Any], *, parallel: bool) -> Any:
+    """Return the kernel that sums the squares of such gradients."""
+    return _jit.kernel(
+        sum_parallel if parallel else sum_serial, parallel=parallel, FLOAT=dtype.type
+    )
+
+
+def update_call(context: Context, kernel: Any, where: int) -> tuple[Any, tuple[int, int]]:
+    """Return a kernel with its arguments, the gradients' addresses being in the table."""
+    return kernel, (where, _workers(context) if context.parallel else 0)
+
+
+def sum_call(context: Context, scale: float, where: int) -> tuple[Any, tuple[Any, ...]]:
+    """Return the kernel that sums squares, with its arguments."""
+    kernel = sum_kernel(context.dtype, parallel=context.parallel)
+    return kernel, (where, scale, *([_workers(context)] if context.parallel else []))
+
+
+def _workers(context: Context) -> int:
+    return min(int(get_num_threads()), context.threads)

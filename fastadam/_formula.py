@@ -30,6 +30,7 @@ def adam_update(
     exp_avg: Any,
     exp_avg_sq: Any,
     max_exp_avg_sq: Any,
+    ema: Any,
     grad_factor: Any,
     l2: Any,
     decay: Any,
@@ -40,11 +41,12 @@ def adam_update(
     step_size: Any,
     inv_sqrt_bias2: Any,
     eps: Any,
-) -> tuple[Any, Any, Any, Any]:
+    one_minus_ema_decay: Any,
+) -> tuple[Any, Any, Any, Any, Any]:
     """Update one element; all scalars are of the parameter's own type.
 
-    ``l2`` and ``max_exp_avg_sq`` are None where they are off, and the branch
-    is gone when the function is compiled.
+    ``l2``, ``max_exp_avg_sq`` and ``ema`` are None where they are off, and the
+    branch is gone when the function is compiled.
     """
     grad = grad_factor * grad
     if l2 is not None:
@@ -61,7 +63,11 @@ def adam_update(
         second_moment = max_exp_avg_sq
     denom = fma(math.sqrt(second_moment), inv_sqrt_bias2, eps)
     param = fma(decay, param, -step_size * exp_avg / denom)
-    return param, exp_avg, exp_avg_sq, max_exp_avg_sq
+    if ema is not None:
+        # Here the difference: an average that has arrived stays where it is, though
+        # the decay and 1 less it, each rounded, may not add up to 1.
+        ema = fma(one_minus_ema_decay, param - ema, ema)
+    return param, exp_avg, exp_avg_sq, max_exp_avg_sq, ema
 
 
 def one_minus_power(base: float, exponent: int) -> float:
@@ -96,8 +102,9 @@ def step_scalars(
     l2: float,
     weight_decay: float,
     grad_factor: float,
+    one_minus_ema_decay: float,
     step: int,
-) -> tuple[float, float, float, float, float, float, float, float, float, float]:
+) -> tuple[float, float, float, float, float, float, float, float, float, float, float]:
     """Return the scalars of one step, in float64, in the order of `adam_update`.
 
     ``step`` counts from 1; ``lr`` already holds the schedule's factor.
@@ -113,4 +120,5 @@ def step_scalars(
         lr / one_minus_power(beta1, step),
         1.0 / math.sqrt(one_minus_power(beta2, step)),
         eps,
+        one_minus_ema_decay,
     )

@@ -8,8 +8,57 @@ import numpy as np
 
 from . import _options
 from ._arrays import check_param
-from ._containers import Container
-from ._state import ParamState, by_group
+from ._containers import Container, FixedSequence
+from ._state import ParamState, allocate, by_group
+
+
+class ParamGroup(dict[str, Any]):
+    """A group's hyperparameters, which notes that something may have been written.
+
+    Attributes
+    ----------
+    touched : bool
+        Whether it has been since this was last set to False.
+    """
+
+    touched = True
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.touched = True
+        super().__setitem__(key, value)
+
+    def __delitem__(self, key: str) -> None:
+        self.touched = True
+        super().__delitem__(key)
+
+    def __ior__(self, other: Any) -> "ParamGroup":  # type: ignore[override,misc]
+        self.update(other)
+        return self
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """As dict."""
+        self.touched = True
+        super().update(*args, **kwargs)
+
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        """As dict."""
+        self.touched = True
+        return super().setdefault(key, default)
+
+    def pop(self, *args: Any) -> Any:
+        """As dict."""
+        self.touched = True
+        return super().pop(*args)
+
+    def popitem(self) -> tuple[str, Any]:
+        """As dict."""
+        self.touched = True
+        return super().popitem()
+
+    def clear(self) -> None:
+        """As dict."""
+        self.touched = True
+        super().clear()
 
 
 class Groups:
@@ -25,10 +74,12 @@ class Groups:
         What each parameter's gradient is called in messages.
     """
 
-    def __init__(self, params: Any, defaults: Mapping[str, Any], *, amsgrad: bool) -> None:
-        self.defaults, self.amsgrad = dict(defaults), amsgrad
+    def __init__(
+        self, params: Any, defaults: Mapping[str, Any], *, amsgrad: bool, ema_decay: float | None
+    ) -> None:
+        self.defaults, self.amsgrad, self.ema_decay = dict(defaults), amsgrad, ema_decay
         self.containers: list[Container] = []
-        self.options: list[dict[str, Any]] = []
+        self.options: list[ParamGroup] = []
         self.states: list[ParamState] = []
         # A sequence of dicts is one of groups; any other container is a group itself.
         self.nested = isinstance(params, list | tuple) and any(
@@ -45,7 +96,8 @@ class Groups:
     def extended(self, group: Any) -> "Groups":
         """Return these groups and one more; these stay as they are."""
         new = object.__new__(Groups)
-        new.defaults, new.amsgrad, new.nested = self.defaults, self.amsgrad, True
+        new.defaults, new.nested = self.defaults, True
+        new.amsgrad, new.ema_decay = self.amsgrad, self.ema_decay
         new.containers, new.options = [*self.containers], [*self.options]
         new.states = [*self.states]
         new._append(group)
@@ -67,15 +119,19 @@ class Groups:
             )
         prefix = f"{label}." if self.nested else ""
         chosen = {name: given.get(name, self.defaults[name]) for name in _options.NAMES}
-        options = _options.check_options(chosen, prefix)
+        options = ParamGroup(_options.check_options(chosen, prefix))
         inner = f"{label}['params']" if self.nested else label
         container = Container(given["params"], inner)
         first = len(self.states)
         keys: Iterable[int | str] = container.names or range(first, first + len(container.arrays))
-        for key, array, name in zip(keys, container.arrays, container.labels(inner), strict=True):
+        labels = container.labels(inner)
+        for array, name in zip(container.arrays, labels, strict=True):
             check_param(array, name)
             _options.check_fits(options, array.dtype, prefix)
-            self.states.append(ParamState.zeros(key, name, array, place, self.amsgrad))
+        for key, array, name, own in zip(
+            keys, container.arrays, labels, self._new_state(container.arrays), strict=True
+        ):
+            self.states.append(ParamState(key, name, array, place, *own))
         options["params"] = tuple(container.arrays)
         if container.names is not None:
             options["param_names"] = tuple(container.names)
@@ -91,7 +147,43 @@ class Groups:
         for k, container in enumerate(self.containers):
             self.labels += container.labels(f"grads[{k}]" if self.nested else "grads")
 
-    def flatten(self, grads: Any) -> list[Any]:
+    def _new_state(self, params: Sequence[Any]) -> Iterable[tuple[Any, Any, Any, Any]]:
+        """Return the moments and averages of new parameters."""
+        kinds = 2 + self.amsgrad + (self.ema_decay is not None)
+        places = allocate(list(params) * kinds)
+        columns = [places[k * len(params) : (k + 1) * len(params)] for k in range(kinds)]
+        nothing = [None] * len(params)
+        exp_avg, exp_avg_sq = columns[:2]
+        largest = columns[2] if self.amsgrad else nothing
+        ema = nothing if self.ema_decay is None else columns[-1]
+        for average, param in zip(ema, params, strict=True):
+            if average is not None:
+                average[...] = param
+        return zip(exp_avg, exp_avg_sq, largest, ema, strict=True)
+
+    def rehouse(self) -> None:
+        """Move the state, which unpickling has scattered, to memory placed as a new one's."""
+        for group, members in enumerate(by_group(self.states, len(self.options))):
+            params = self.containers[group].arrays
+            for state, own in zip(members, self._new_state(params), strict=True):
+                old = state.arrays()
+                state.exp_avg, state.exp_avg_sq, state.max_exp_avg_sq, state.ema = own
+                for name, array in state.arrays().items():
+                    array[...] = old[name]
+
+    def wrap(self, arrays: Sequence[Any]) -> Any:
+        """Return an array for each parameter in containers as the parameters came in."""
+        wrapped = []
+        for group, container in enumerate(self.containers):
+            own = [
+                array
+                for array, state in zip(arrays, self.states, strict=True)
+                if state.group == group
+            ]
+            wrapped.append(container.wrap(own))
+        return FixedSequence(wrapped) if self.nested else wrapped[0]
+
+    def flatten(self, grads: Any) -> tuple[Any, ...]:
         """Return the gradients in the order of the parameters.
 
         Raises
@@ -111,7 +203,7 @@ class Groups:
                 f"grads must have one entry for each of {len(self.containers)} groups, got"
                 f" {len(entries)}"
             )
-        flat = []
+        flat: tuple[Any, ...] = ()
         for k, (container, entry) in enumerate(zip(self.containers, entries, strict=True)):
             flat += container.flatten(entry, f"grads[{k}]")
         return flat

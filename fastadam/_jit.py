@@ -1,30 +1,29 @@
-"""The only home of compile flags, of the machine primitives and of the compile cache."""
+"""The only home of compile flags and of the machine primitives."""
 
 import contextlib
-import functools
-import hashlib
-import os
-import pickle
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import llvmlite
-import numba
-from numba import config, njit, types
-from numba.core.caching import FunctionCache
-from numba.core.serialize import dumps
+from llvmlite import ir
+from numba import carray, config, njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
+
+from ._cache import KernelCache
+from ._formula import bind
 
 # Division by zero gives inf, as in NumPy: Python's check for it keeps the loop
 # scalar. No fastmath: it would let the compiler choose what is rounded.
-FLAGS = {"error_model": "numpy", "nogil": True}
+FLAGS = {"error_model": "numpy"}
 
 # What a pointer points into. Arrays of different roles never overlap (the facade
 # refuses it), and saying so spares the loop its run-time alias checks, of which
 # LLVM allows so few that the loop with AMSGrad would stay scalar.
-ROLES = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+ROLES = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "ema")
+
+# Sums are kept in so many float64 at once, whatever a register holds, so that
+# every processor adds in the same order. A power of 2.
+LANES = 32
 
 
 def inline(function: Callable[..., Any]) -> Any:
@@ -32,13 +31,19 @@ def inline(function: Callable[..., Any]) -> Any:
     return njit(**FLAGS)(function)
 
 
-def kernel(function: Callable[..., Any], *, parallel: bool = False) -> Any:
-    """Compile an entry point, its machine code kept on disk."""
+def kernel(function: Callable[..., Any], *, parallel: bool = False, **constants: Any) -> Any:
+    """Compile an entry point, its machine code kept on disk.
+
+    ``constants`` take the place of the function's globals of those names. Only
+    a parallel kernel releases the GIL: a serial one is over in microseconds,
+    and to ask for the GIL again, where other threads want it, can take thousands.
+    """
     if config.DISABLE_JIT:
         return _refuse
-    dispatcher = njit(parallel=parallel, **FLAGS)(function)
+    bound = bind(function, **constants)
+    dispatcher = njit(parallel=parallel, nogil=parallel, **FLAGS)(bound)
     with contextlib.suppress(RuntimeError, OSError):  # no folder: each process compiles
-        dispatcher._cache = KernelCache(function, variant=f"parallel={parallel}")
+        dispatcher._cache = KernelCache(bound, variant=f"parallel={parallel} {constants}")
     return dispatcher
 
 
@@ -132,69 +137,93 @@ def _no_value(context: Any, builder: Any, signature: Any, args: Any) -> Any:
     return context.get_dummy_value()
 
 
-@functools.cache
-def source_digest() -> str:
-    """Return a digest of every source that the kernels may be made of.
+@intrinsic  # type: ignore[untyped-decorator]
+def _pointer(typing_context: Any, address: Any, like: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(like).as_pointer())
 
-    Raises
-    ------
-    FileNotFoundError
-        If the sources are not there to read, as in a zip file.
+    return types.CPointer(like)(types.int64, like), codegen
+
+
+@inline
+def table(address: Any, rows: Any, columns: Any, like: Any) -> Any:
+    """Return the array of numbers of the type of ``like`` that lies at ``address``.
+
+    An array as an argument costs a call some 50 nanoseconds, its address 10.
     """
-    digest = hashlib.sha256()
-    paths = sorted(Path(__file__).parent.glob("_*.py"))
-    if not paths:
-        raise FileNotFoundError("no sources")
-    for path in paths:
-        source = path.read_bytes()
-        digest.update(f"{path.name} {len(source)} ".encode() + source)
-    return digest.hexdigest()
+    return carray(_pointer(address, like), (rows, columns))
 
 
-class KernelCache(FunctionCache):  # type: ignore[misc]
-    """Numba's cache with one file for each key, and a key of all that matters.
+@intrinsic  # type: ignore[untyped-decorator]
+def fetch_add(typing_context: Any, address: Any, number: Any) -> Any:
+    """Add to the int64 at an address, and return what it was, as one atomic operation."""
 
-    Numba's own key is the source of the one file that holds the function: it
-    serves old machine code after an edit to another file, and mixes up serial
-    and parallel code of one function. Its index and data are two files, which
-    processes that start at once can leave out of step. Here a file is named
-    for the digest of everything that the code depends on, is written whole or
-    not at all, and is checked before use.
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", pointer, args[1], "monotonic")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def sum_squares(typing_context: Any, address: Any, size: Any, scale: Any, like: Any) -> Any:
+    """Sum ``(scale*x)**2`` over ``size`` numbers of the type of ``like``, in float64.
+
+    Element i goes to lane ``i % LANES``, and the lanes are added in halves. The
+    order is written out in vectors, which the compiler cuts to the registers
+    there are: left to itself it would sum one by one, or in an order of its own.
     """
 
-    def __init__(self, function: Callable[..., Any], variant: str) -> None:
-        super().__init__(function)
-        self._folder = Path(self.cache_path).absolute()  # whatever chdir comes
-        what = (function.__module__, function.__qualname__, variant, source_digest())
-        self._what = (*what, numba.__version__, llvmlite.__version__, sys.version)
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        narrow, wide = context.get_value_type(like), ir.DoubleType()
+        narrows, wides = ir.VectorType(narrow, LANES), ir.VectorType(wide, LANES)
+        data = builder.inttoptr(args[0], narrow.as_pointer())
+        fused = {
+            kind: cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(kind, [kind] * 3), f"llvm.fma.{suffix}"
+            )
+            for kind, suffix in ((wide, "f64"), (wides, f"v{LANES}f64"))
+        }
 
-    def _path(self, signature: Any, codegen: Any) -> Path:
-        key = repr((self._what, str(signature), codegen.magic_tuple()))
-        name = f"{self._py_func.__name__}-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
-        return self._folder / f"fastadam.{name}.nbc"
+        def add_square(value: Any, total: Any, kind: Any) -> Any:
+            factor = args[2]
+            if kind is wides:
+                factor = ir.Constant(wides, ir.Undefined)
+                for lane in range(LANES):
+                    factor = builder.insert_element(factor, args[2], ir.IntType(32)(lane))
+            if narrow != wide:
+                value = builder.fpext(value, kind)
+            value = builder.fmul(value, factor)
+            return builder.call(fused[kind], [value, value, total])
 
-    def _load_overload(self, signature: Any, target_context: Any) -> Any:
-        path = self._path(signature, target_context.codegen())
-        try:
-            content = path.read_bytes()
-        except OSError:
-            return None
-        checksum, data = content[:32], content[32:]
-        if hashlib.sha256(data).digest() != checksum:
-            return None
-        return self._impl.rebuild(target_context, pickle.loads(data))  # noqa: S301
+        zero = ir.Constant(wides, [0.0] * LANES)
+        total = cgutils.alloca_once_value(builder, zero)
+        blocks = builder.udiv(args[1], args[1].type(LANES))
+        with cgutils.for_range(builder, blocks) as loop:
+            block = builder.gep(data, [builder.mul(loop.index, args[1].type(LANES))])
+            block = builder.bitcast(block, narrows.as_pointer())
+            align = context.get_abi_sizeof(narrow)
+            values = builder.load(block, align=align)
+            builder.store(add_square(values, builder.load(total), wides), total)
+        # What is left over goes to the first lanes.
+        lanes = cgutils.alloca_once_value(builder, builder.load(total))
+        first = builder.bitcast(lanes, wide.as_pointer())
+        done = builder.mul(blocks, args[1].type(LANES))
+        with cgutils.for_range(builder, builder.sub(args[1], done)) as loop:
+            value = builder.load(builder.gep(data, [builder.add(done, loop.index)]))
+            lane = builder.gep(first, [loop.index])
+            builder.store(add_square(value, builder.load(lane), wide), lane)
+        vector, half = builder.load(lanes), LANES // 2
+        while half:
+            low, high = (
+                ir.Constant(ir.VectorType(ir.IntType(32), half), list(range(start, start + half)))
+                for start in (0, half)
+            )
+            vector = builder.fadd(
+                builder.shuffle_vector(vector, vector, low),
+                builder.shuffle_vector(vector, vector, high),
+            )
+            half //= 2
+        return builder.extract_element(vector, ir.IntType(32)(0))
 
-    def _save_overload(self, signature: Any, result: Any) -> None:
-        if not self._impl.check_cachable(result):
-            return
-        path = self._path(signature, result.codegen)
-        data = dumps(self._impl.reduce(result))
-        temporary = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
-        # A full disk, or a folder gone read-only, costs time, not the step.
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                temporary.write_bytes(hashlib.sha256(data).digest() + data)
-                temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
+    return types.float64(types.int64, types.int64, types.float64, like), codegen

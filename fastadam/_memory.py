@@ -21,11 +21,20 @@ class Memory:
     ------
     ValueError
         If two arrays share memory: each update would see the other's.
+
+    Attributes
+    ----------
+    blocks : int64 array, shape (n, 2)
+        The intervals, those that touch made one.
     """
 
     def __init__(self, labels: Sequence[str], starts: Addresses, sizes: Addresses) -> None:
         self._labels = labels
         self._order, self._starts, self._ends = _disjoint(labels, starts, sizes)
+        first = np.ones(self._starts.size, dtype=bool)
+        first[1:] = self._starts[1:] != self._ends[:-1]
+        last = np.roll(first, -1)  # the next is a first one, or there is none
+        self.blocks = np.stack([self._starts[first], self._ends[last]], axis=1)
 
     def check_apart(self, labels: Sequence[str], starts: Addresses, sizes: Addresses) -> None:
         """Refuse arrays that share memory with these, or with one another."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 NAMES = ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "maximize")
+NONFINITE = ("propagate", "skip", "raise")
 
 
 def is_real(value: Any) -> bool:
@@ -109,3 +110,34 @@ def check_schedule(schedule: Any) -> Callable[[int], float] | None:
     if schedule is not None and (not callable(schedule) or isinstance(schedule, type)):
         raise TypeError(f"schedule must be None or callable with a step, got {schedule!r}")
     return schedule
+
+
+def check_max_grad_norm(value: Any) -> float | None:
+    """Return the norm as a float > 0, which may be infinite, or None, or raise."""
+    if value is None:
+        return None
+    if not is_real(value):
+        raise TypeError(f"max_grad_norm must be None or a real number, got {value!r}")
+    number = as_float(value)
+    if not number > 0.0:
+        raise ValueError(f"max_grad_norm must be > 0, got {value!r}")
+    return number
+
+
+def check_nonfinite(value: Any) -> str:
+    """Return the name of what to do about gradients that are not finite, or raise."""
+    if not isinstance(value, str) or value not in NONFINITE:
+        kind = ValueError if isinstance(value, str) else TypeError
+        raise kind(f"nonfinite must be one of {', '.join(map(repr, NONFINITE))}, got {value!r}")
+    return value
+
+
+def check_ema_decay(value: Any) -> float | None:
+    """Return the decay as a float in [0, 1), or None, or raise."""
+    if value is None:
+        return None
+    if not is_real(value):
+        raise TypeError(f"ema_decay must be None or a real number, got {value!r}")
+    if not 0.0 <= as_float(value) < 1.0:
+        raise ValueError(f"ema_decay must be in [0, 1), got {value!r}")
+    return float(value)

@@ -1,23 +1,54 @@
-"""What stands between the facade and a backend: addresses, checked, and the call."""
+"""What stands between the facade and a backend: addresses, checked, and the calls."""
 
+import math
 import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numba import config
 
 from . import _cpu, _reader
 from ._arrays import address, check_grad, check_param
 from ._memory import Memory
 from ._state import ParamState
-from ._tables import GRAD, STEP, Table
+from ._tables import (
+    DESCR,
+    GRAD,
+    GROUP_COUNT,
+    GROUPS,
+    NDARRAY,
+    NONE,
+    OWN_COUNT,
+    OWN_MEMORY,
+    PARAM,
+    STEP,
+    TENSOR_COUNT,
+    TENSORS,
+    Context,
+    tensor_table,
+)
+
+# Sums of squares between these are neither short of digits nor infinite.
+_SMALL, _LARGE = 1e-280, 1e300
 
 
 class Plan:
     """Where parameters and gradients lie, and the backend that updates them there.
 
-    One table for each dtype.
+    Parameters
+    ----------
+    states : sequence of ParamState
+        The parameters.
+    labels : sequence of str
+        What each one's gradient is called in messages.
+    steps : int64 array
+        Steps that each has had.
+    step_count : int
+        Steps of the optimizer.
+    groups : float64 array, shape (groups, GROUP_COLUMNS)
+        Read in every step.
 
     Raises
     ------
@@ -26,9 +57,14 @@ class Plan:
     """
 
     def __init__(
-        self, states: Sequence[ParamState], steps: npt.NDArray[np.int64], step_count: int
+        self,
+        states: Sequence[ParamState],
+        labels: Sequence[str],
+        steps: npt.NDArray[np.int64],
+        step_count: int,
+        groups: npt.NDArray[np.float64],
     ) -> None:
-        self._states = states
+        self._states, self._labels = states, labels
         # Counted where the parameters' own steps are, in the kernel: no signal comes between.
         self.step_count = np.array([step_count], dtype=np.int64)
         arrays = [(state.label, state.param) for state in states]
@@ -39,39 +75,92 @@ class Plan:
         self._memory = Memory([label for label, _ in arrays], starts, sizes)
         # NumPy refuses to resize, and so to move, an array that has a weak reference.
         self._pins = [weakref.ref(array) for _, array in arrays]
+        self._dtypes = [state.param.dtype for state in states]  # keeps their ids their own
 
-        self.tables = []
-        for dtype in {state.param.dtype: None for state in states}:
-            members = [k for k, state in enumerate(states) if state.param.dtype == dtype]
-            self.tables.append(Table(states, members))
+        dtypes = list(dict.fromkeys(self._dtypes))
+        self._tensors = tensor_table(states, dtypes)
+        self._groups = groups
         self.steps = steps
-
-        params = [state.param for state in states]
-        self._dtypes = [param.dtype for param in params]  # keeps their ids their own
-        self._expected = _reader.expect(params, starts[: len(states)])
-        self._sizes = sizes[: len(states)]
-        self._found = np.zeros(len(states), dtype=np.int64)
-        self._stale = True
-        self._reads = _reader.works(params, self._expected)
+        shared = {
+            TENSORS: address(self._tensors),
+            TENSOR_COUNT: len(self._tensors),
+            GROUPS: address(groups),
+            GROUP_COUNT: len(groups),
+            OWN_MEMORY: address(self._memory.blocks),
+            OWN_COUNT: len(self._memory.blocks),
+            NDARRAY: id(np.ndarray),
+            NONE: id(None),
+        }
+        # Only the first counts.
+        uncounted = np.zeros_like(self.step_count)
+        self.contexts = [
+            Context(
+                shared,
+                self._tensors,
+                k,
+                dtype,
+                uncounted if k else self.step_count,
+                config.NUMBA_NUM_THREADS,
+                _cpu.SERIAL_BELOW,
+            )
+            for k, dtype in enumerate(dtypes)
+        ]
+        self._context = self.contexts[0].address if self.contexts else 0
+        self._reads = bool(self.contexts) and _reader.works()
+        self._in_one_call = self._reads and [each.parallel for each in self.contexts] == [False]
+        self._amsgrad = any(state.max_exp_avg_sq is not None for state in states)
+        self._average = any(state.ema is not None for state in states)
+        self._kernels: dict[bool, list[Any]] = {}
+        self._tried: set[bool] = set()
 
     @property
     def steps(self) -> npt.NDArray[np.int64]:
         """Steps that each parameter has had, in the order of the parameters."""
-        steps = np.zeros(len(self._states), dtype=np.int64)
-        for table in self.tables:
-            steps[table.members] = table.tensors[:, STEP]
-        return steps
+        return self._tensors[:, STEP].copy()
 
     @steps.setter
     def steps(self, steps: npt.NDArray[np.int64]) -> None:
-        for table in self.tables:
-            table.tensors[:, STEP] = steps[table.members]
+        self._tensors[:, STEP] = steps
 
-    def take_grads(self, grads: list[Any], labels: Sequence[str], *, writable: bool) -> None:
-        """Check the gradients and note where they lie, for the kernel call that follows.
+    def kernels(self, zero_grad: bool) -> list[Any]:
+        """Return the update kernel for each dtype."""
+        kernels = self._kernels.get(zero_grad)
+        if kernels is None:
+            kernels = self._kernels[zero_grad] = [
+                _cpu.update_kernel(
+                    context.dtype,
+                    parallel=context.parallel,
+                    amsgrad=self._amsgrad,
+                    average=self._average,
+                    zero_grad=zero_grad,
+                )
+                for context in self.contexts
+            ]
+        return kernels
 
-        Replaces NumPy scalars in the list by arrays. The caller keeps the
-        list until the kernel has run: nothing else keeps the arrays alive.
+    def step(self, grads: tuple[Any, ...], zero_grad: bool) -> int:
+        """Take the step; return its number, from 0.
+
+        Writes parameters, state, step counts and, if asked, gradients. The
+        caller keeps ``grads`` until then: nothing else keeps the arrays alive.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `take_grads`.
+        """
+        if self._in_one_call:
+            kernel = self.kernels(zero_grad)[0]
+            count = kernel(self._context, id(grads))
+            if count != _cpu.REFUSED:
+                return count - 1  # type: ignore[no-any-return]
+        grads = self.take_grads(grads, zero_grad)
+        return self.update(zero_grad)
+
+    def take_grads(self, grads: tuple[Any, ...], writable: bool) -> tuple[Any, ...]:
+        """Check the gradients and note where they lie.
+
+        Returns them, with arrays in the place of NumPy scalars.
 
         Raises
         ------
@@ -79,40 +168,99 @@ class Plan:
             If one does not fit its parameter, shares memory, or is read-only
             where ``writable`` is asked for; if a parameter has become so.
         """
-        found, status = self._found, _reader.ODD
-        # Until what was found is known to be sound, and is in the tables.
-        was_stale, self._stale = self._stale, True
-        if self._reads:
-            grad_ids = _reader.ids(grads)
-            status = _reader.look(_reader.KINDS, self._expected, grad_ids, found, writable)
-        if status == _reader.ODD:
-            self._check_grads(grads, labels, writable)
-            found[:] = [address(grad) for grad in grads]
-        if status != _reader.SAME or was_stale:
-            self._memory.check_apart(labels, found, np.where(found, self._sizes, 0))
-            for table in self.tables:
-                table.tensors[:, GRAD] = found[table.members]
-        self._stale = False
+        if self._reads and _cpu.look_kernel(self._context, id(grads), writable):
+            return grads
+        grads = self._check_grads(grads, writable)
+        found = np.array([address(grad) for grad in grads], dtype=np.int64)
+        sizes = [0 if grad is None else grad.nbytes for grad in grads]
+        self._memory.check_apart(self._labels, found, np.array(sizes, dtype=np.int64))
+        self._tensors[:, GRAD] = found
+        return grads
 
-    def _check_grads(self, grads: list[Any], labels: Sequence[str], writable: bool) -> None:
+    def _check_grads(self, grads: tuple[Any, ...], writable: bool) -> tuple[Any, ...]:
         """Check in Python what was not plainly right: to say what is wrong, or that nothing is."""
-        for k, (state, label) in enumerate(zip(self._states, labels, strict=True)):
-            check_param(state.param, state.label)
-            _, start, dtype = self._expected[k]
-            if (address(state.param), id(state.param.dtype)) != (start, dtype):
+        checked = list(grads)
+        for k, (state, label) in enumerate(zip(self._states, self._labels, strict=True)):
+            param, row = state.param, self._tensors[k]
+            check_param(param, state.label)
+            if (address(param), id(param.dtype)) != (row[PARAM], row[DESCR]):
                 raise ValueError(
                     f"{state.label} must keep the memory and the dtype that it had when the"
                     f" optimizer was made"
                 )
             grad = grads[k]
             if isinstance(grad, np.generic):  # what arithmetic on 0-d arrays gives
-                grads[k] = np.asarray(grad)
+                checked[k] = np.asarray(grad)
             if grad is not None:
-                check_grad(grads[k], state.param, label)
-                if writable and not (grad is grads[k] and grad.flags.writeable):
-                    kind = "a read-only array" if grad is grads[k] else "a NumPy scalar"
+                check_grad(checked[k], param, label)
+                if writable and not (grad is checked[k] and grad.flags.writeable):
+                    kind = "a read-only array" if grad is checked[k] else "a NumPy scalar"
                     raise ValueError(f"{label} must be writable for zero_grad=True, got {kind}")
+        return tuple(checked)
 
-    def update(self, groups: npt.NDArray[np.float64], *, amsgrad: bool, zero_grad: bool) -> None:
-        """Take the step: write parameters, state, step counts and, if asked, gradients."""
-        _cpu.update(self.tables, self.step_count, groups, amsgrad=amsgrad, zero_grad=zero_grad)
+    def update(self, zero_grad: bool) -> int:
+        """Take the step with the gradients that were taken last; return its number, from 0."""
+        calls = [
+            _cpu.update_call(context, kernel, context.address)
+            for context, kernel in zip(self.contexts, self.kernels(zero_grad), strict=True)
+        ]
+        if len(calls) == 1:
+            ((kernel, arguments),) = calls
+            return kernel(*arguments) - 1  # type: ignore[no-any-return]
+        if not calls:
+            self.step_count += 1
+        else:
+            # What can fail, compiling and starting threads, must do so before the first write.
+            if zero_grad not in self._tried:
+                for kernel, rehearsal in self.rehearsals(zero_grad, norm=False):
+                    kernel(*rehearsal)
+                self._tried.add(zero_grad)
+            # Two dtypes are all there are. A signal is acted on after a call returns,
+            # and nothing of Python's lies between the first return and the second call.
+            (kernel, arguments), (second_kernel, second_arguments) = calls
+            try:
+                kernel(*arguments)
+            finally:
+                second_kernel(*second_arguments)
+        return int(self.step_count[0]) - 1
+
+    def zero_grads(self, grads: tuple[Any, ...]) -> None:
+        """Set gradients to 0, and leave all else."""
+        for grad in grads:
+            if grad is not None:
+                grad[...] = 0
+
+    def rehearsals(self, zero_grad: bool, *, norm: bool) -> list[tuple[Any, tuple[Any, ...]]]:
+        """Return calls of the kernels that a step makes, each on nothing: to compile them."""
+        calls: list[tuple[Any, tuple[Any, ...]]] = []
+        for context, kernel in zip(self.contexts, self.kernels(zero_grad), strict=True):
+            if norm:
+                calls.append(_cpu.sum_call(context, 1.0, context.nothing))
+            calls.append(_cpu.update_call(context, kernel, context.nothing))
+        if self._reads and not zero_grad and (norm or not self._in_one_call):
+            calls.insert(0, (_cpu.look_kernel, (self.contexts[0].nothing, 0, zero_grad)))
+        return calls
+
+    def norm(self, grads: tuple[Any, ...]) -> float:
+        """Return the global norm of the gradients that were taken last.
+
+        The same bits on any number of threads. NaN or infinite where an
+        element is, or where it is beyond float64.
+        """
+        total = self._sum_squares(1.0)
+        if _SMALL < total < _LARGE:
+            return math.sqrt(total)
+        present = [grad for grad in grads if grad is not None and grad.size]
+        largest = float(np.max([np.max(np.abs(grad)) for grad in present], initial=0.0))
+        if largest == 0.0 or not math.isfinite(largest):
+            return largest
+        # Squares that would be infinite, or subnormal: a power of 2 takes no digit away.
+        scale = math.ldexp(1.0, min(-math.frexp(largest)[1], 1000))
+        return math.sqrt(self._sum_squares(scale)) / scale
+
+    def _sum_squares(self, scale: float) -> float:
+        total = 0.0
+        for context in self.contexts:
+            kernel, arguments = _cpu.sum_call(context, scale, context.address)
+            total += kernel(*arguments)
+        return total

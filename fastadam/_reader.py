@@ -1,4 +1,4 @@
-"""Read what NumPy knows of its arrays without a trip through Python for each.
+"""Look at gradients without a trip through Python for each.
 
 An attribute of an array costs Python 30 to 800 nanoseconds, the address most.
 The C structure behind it is fixed by NumPy's binary interface, to which every
@@ -7,13 +7,33 @@ array in every step, so that nothing has to be remembered and nothing goes
 stale. Whatever it does not find as expected is left to the checks in Python.
 """
 
-from collections.abc import Sequence
+import ctypes
+import functools
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from ._jit import kernel, peek
+from . import _jit
+from ._jit import peek, table
+from ._tables import (
+    BYTES,
+    CONTEXT_SIZE,
+    DESCR,
+    END,
+    FOUND,
+    GRAD,
+    NDARRAY,
+    NONE,
+    OBJECT,
+    ORDER,
+    OWN_COUNT,
+    OWN_MEMORY,
+    PARAM,
+    START,
+    TENSOR_COLUMNS,
+    TENSOR_COUNT,
+    TENSORS,
+)
 
 # PyArrayObject_fields on 64-bit machines: PyObject_HEAD, whose last member is the
 # type; data, nd (int), dimensions, strides, base, descr, flags (int).
@@ -21,92 +41,158 @@ _HEAD = object.__basicsize__
 _TYPE, _DATA, _NDIM, _DIMENSIONS = _HEAD - 8, _HEAD, _HEAD + 8, _HEAD + 16
 _DESCR, _FLAGS = _HEAD + 40, _HEAD + 48
 _C, _F, _ALIGNED, _WRITEABLE = 0x1, 0x2, 0x100, 0x400
+# PyTupleObject: its items come last.
+_ITEMS = tuple.__basicsize__
 
 _INT64, _INT32 = np.int64(0), np.int32(0)
 
-SAME, CHANGED, ODD = range(3)
 
-# An argument, not constants: the compiled code outlives the process on disk.
-KINDS = np.array([id(np.ndarray), id(None)], dtype=np.int64)
+@_jit.inline
+def pairs(param: Any, grad: Any, row: Any, writable: Any) -> Any:
+    """Whether two arrays at ``id()`` are of one dtype, shape and layout, and may be written."""
+    param_flags = peek(param + _FLAGS, _INT32)
+    order = _C if param_flags & _C else _F
+    needed = order | _ALIGNED | (_WRITEABLE if writable else 0)
+    ndim = peek(param + _NDIM, _INT32)
+    if (
+        peek(grad + _FLAGS, _INT32) & needed != needed
+        or peek(grad + _DESCR, _INT64) != row[DESCR]
+        or peek(grad + _NDIM, _INT32) != ndim
+    ):
+        return False
+    wanted, given = peek(param + _DIMENSIONS, _INT64), peek(grad + _DIMENSIONS, _INT64)
+    for axis in range(ndim):
+        if peek(wanted + 8 * axis, _INT64) != peek(given + 8 * axis, _INT64):
+            return False
+    return True
 
 
-def look(kinds: Any, params: Any, grads: Any, starts: Any, writable: Any) -> Any:
-    """Write the gradients' addresses to ``starts``, 0 for None; say what was found.
+@_jit.inline
+def sort(tensors: Any) -> None:
+    """Bring the column ORDER into the order of the addresses in FOUND.
+
+    Shell's sort: in place, and soon done where the order is that of the last step.
+    """
+    gap = 1
+    while gap < tensors.shape[0] // 3:
+        gap = 3 * gap + 1
+    while gap > 0:
+        for i in range(gap, tensors.shape[0]):
+            moved, j = tensors[i, ORDER], i
+            found = tensors[moved, FOUND]
+            while j >= gap and tensors[tensors[j - gap, ORDER], FOUND] > found:
+                tensors[j, ORDER] = tensors[j - gap, ORDER]
+                j -= gap
+            tensors[j, ORDER] = moved
+        gap //= 3
+
+
+@_jit.inline
+def are_apart(tensors: Any, own: Any) -> Any:
+    """Whether what was found shares no memory with itself or with ``own``, which is sorted."""
+    sort(tensors)
+    end, k = 0, 0
+    for i in range(tensors.shape[0]):
+        t = tensors[i, ORDER]
+        start = tensors[t, FOUND]
+        if start != 0 and tensors[t, BYTES] != 0:
+            if start < end:
+                return False
+            end = start + tensors[t, BYTES]
+            while k < own.shape[0] and own[k, END] <= start:
+                k += 1
+            if k < own.shape[0] and own[k, START] < end:
+                return False
+    return True
+
+
+@_jit.inline
+def look(context: Any, grads: Any, writable: Any) -> Any:
+    """Note where the gradients lie, if each is as it should be; say whether.
 
     Parameters
     ----------
-    kinds : int64 array
-        `KINDS`.
-    params : int64 array, shape (n, 3)
-        `expect`: ``id()`` of each parameter, and where its data and its dtype
-        must still lie.
-    grads : int64 array, shape (n,)
-        ``id()`` of each gradient. The caller keeps all of them alive.
-    starts : int64 array, shape (n,)
-        What was found the last time.
+    context : int
+        Address of a `Context`.
+    grads : int
+        ``id()`` of a tuple with an array or None for every parameter, which
+        the caller keeps alive.
     writable : bool
         Whether the gradients must be writable.
 
     Returns
     -------
-    int
-        SAME or CHANGED, compared with what was in ``starts``, or ODD where an
-        object is no plain array, does not pair with its parameter, or where a
-        parameter is not what it was. Then ``starts`` is only partly written.
+    bool
+        If false, some object is no plain array, does not pair with its
+        parameter, or shares memory, or a parameter is not what it was. Then
+        the column GRAD is as it was.
     """
-    found = SAME
-    for k in range(grads.size):
-        param, grad, start = params[k, 0], grads[k], 0
-        param_flags = peek(param + _FLAGS, _INT32)
-        order = _C if param_flags & _C else _F
-        needed = order | _ALIGNED | _WRITEABLE
+    fields = table(context, 1, CONTEXT_SIZE, _INT64)[0]
+    tensors = table(fields[TENSORS], fields[TENSOR_COUNT], TENSOR_COLUMNS, _INT64)
+    changed = False
+    for t in range(tensors.shape[0]):
+        row = tensors[t]
+        param, grad, start = row[OBJECT], peek(grads + _ITEMS + 8 * t, _INT64), 0
+        flags, needed = peek(param + _FLAGS, _INT32), _ALIGNED | _WRITEABLE
         if (
-            param_flags & needed != needed
-            or peek(param + _DATA, _INT64) != params[k, 1]
-            or peek(param + _DESCR, _INT64) != params[k, 2]
+            flags & needed != needed
+            or flags & (_C | _F) == 0
+            or peek(param + _DATA, _INT64) != row[PARAM]
+            or peek(param + _DESCR, _INT64) != row[DESCR]
         ):
-            return ODD
-        if grad != kinds[1]:
-            if peek(grad + _TYPE, _INT64) != kinds[0]:
-                return ODD
-            needed = order | _ALIGNED | (_WRITEABLE if writable else 0)
-            ndim = peek(param + _NDIM, _INT32)
-            if (
-                peek(grad + _FLAGS, _INT32) & needed != needed
-                or peek(grad + _DESCR, _INT64) != params[k, 2]
-                or peek(grad + _NDIM, _INT32) != ndim
-            ):
-                return ODD
-            wanted, given = peek(param + _DIMENSIONS, _INT64), peek(grad + _DIMENSIONS, _INT64)
-            for axis in range(ndim):
-                if peek(wanted + 8 * axis, _INT64) != peek(given + 8 * axis, _INT64):
-                    return ODD
+            return False
+        if grad != fields[NONE]:
+            if peek(grad + _TYPE, _INT64) != fields[NDARRAY]:
+                return False
+            if not pairs(param, grad, row, writable):
+                return False
             start = peek(grad + _DATA, _INT64)
-        if starts[k] != start:
-            starts[k] = start
-            found = CHANGED
-    return found
+        row[FOUND] = start
+        if row[GRAD] != start:
+            changed = True
+    if changed:
+        if not are_apart(tensors, table(fields[OWN_MEMORY], fields[OWN_COUNT], 2, _INT64)):
+            return False
+        for t in range(tensors.shape[0]):
+            tensors[t, GRAD] = tensors[t, FOUND]
+    return True
 
 
-look = kernel(look)
-
-
-def ids(objects: Sequence[Any]) -> npt.NDArray[np.int64]:
-    """Return where the objects themselves lie."""
-    return np.fromiter(map(id, objects), np.int64, len(objects))
-
-
-def expect(params: Sequence[Any], starts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return what `look` expects of the parameters."""
-    dtypes = [param.dtype for param in params]
-    return np.stack([ids(params), starts, ids(dtypes)], axis=1)
-
-
-def works(params: Sequence[Any], expected: npt.NDArray[np.int64]) -> bool:
-    """Whether the structure is the one described here, tried on the parameters themselves."""
+@functools.cache
+def works() -> bool:
+    """Whether the structures are the ones described here, tried on a few objects."""
     if np.dtype(np.intp).itemsize != 8:
         return False
-    views = [param.view(np.ndarray) for param in params]
-    found = np.full(len(views), -1, dtype=np.int64)
-    status = look(KINDS, expected, ids(views), found, True)
-    return status != ODD and bool((found == expected[:, 1]).all())
+    square = np.arange(6.0).reshape(2, 3)
+    locked = np.zeros(3, dtype=np.float32)
+    locked.flags.writeable = False
+    samples = (np.zeros(()), np.zeros(4), square, square.T, square[:, :1], locked)
+    if _peek(id(samples) + _ITEMS + 8) != id(samples[1]):
+        return False
+    for array in samples:
+        dimensions = _peek(id(array) + _DIMENSIONS)
+        shape = tuple(_peek(dimensions + 8 * axis) for axis in range(array.ndim))
+        flags = _peek(id(array) + _FLAGS) & (_C | _F | _ALIGNED | _WRITEABLE)
+        found = (
+            _peek(id(array) + _TYPE),
+            _peek(id(array) + _DATA),
+            _peek(id(array) + _NDIM) & 0xFFFFFFFF,
+            shape,
+            _peek(id(array) + _DESCR),
+            flags,
+        )
+        expected = (
+            id(np.ndarray),
+            array.ctypes.data,
+            array.ndim,
+            array.shape,
+            id(array.dtype),
+            array.flags.num & (_C | _F | _ALIGNED | _WRITEABLE),
+        )
+        if found != expected:
+            return False
+    return True
+
+
+def _peek(where: int) -> int:
+    return ctypes.c_int64.from_address(where).value

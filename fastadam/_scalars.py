@@ -1,87 +1,111 @@
 """A step's scalars: what the groups ask for, checked, in float64, for the backend to cast."""
 
 from collections.abc import Callable
-from operator import is_, itemgetter
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from . import _options
-from ._groups import Groups
-
-# The columns of a group's row: the arguments of `_formula.step_scalars` but the step.
-LR, BETA1, BETA2, EPS, L2, WEIGHT_DECAY, GRAD_FACTOR = range(7)
-
-_hyperparameters = itemgetter(*_options.NAMES)
+from ._groups import Groups, ParamGroup
+from ._tables import (
+    BETA1,
+    BETA2,
+    EPS,
+    GRAD_FACTOR,
+    GROUP_COLUMNS,
+    L2,
+    LR,
+    ONE_MINUS_EMA_DECAY,
+    WEIGHT_DECAY,
+)
 
 
 class Scalars:
     """A row of float64 for each group, read again only when a hyperparameter differs."""
 
     def __init__(self, groups: Groups) -> None:
-        self.rows = np.zeros((len(groups.options), GRAD_FACTOR + 1), dtype=np.float64)
+        self.rows = np.zeros((len(groups.options), GROUP_COLUMNS), dtype=np.float64)
+        if groups.ema_decay is not None:
+            self.rows[:, ONE_MINUS_EMA_DECAY] = 1.0 - groups.ema_decay
         self._options = groups.options
-        self._seen: list[Any] = [None] * len(groups.options)
+        for options in self._options:
+            options.touched = True
         self._keys = [set(options) for options in groups.options]
         self._params = [options["params"] for options in groups.options]
         self._dtypes = groups.dtypes()
         # What every dtype of the group holds; the learning rate that leads beyond it.
         self._largest = [min(_limits("max", d), default=np.inf) for d in self._dtypes]
         self._largest_lr = list(self._largest)
+        # What every dtype holds, a gradient's norm at least.
+        self.largest = min(self._largest, default=np.inf)
         self._tiny = max(_limits("tiny", set().union(*self._dtypes)), default=0.0)
+        # What the rows were last made for: factor on lr, factor on the gradients.
+        self._made_for: tuple[float, float] | None = None
+        self._lr = 0.0
 
     def refresh(
-        self, step: int, schedule: Callable[[int], float] | None, grad_scale: float
+        self,
+        step_count: npt.NDArray[np.int64],
+        schedule: Callable[[int], float] | None,
+        grad_scale: float,
     ) -> float:
         """Bring the rows up to date; return the first group's learning rate.
+
+        ``step_count``, shape (1,), holds what the schedule is asked for.
 
         Raises
         ------
         TypeError, ValueError
             For a hyperparameter, a factor or a scale that is out of range.
         """
-        factor = 1.0
+        factor = inverse = 1.0
         if schedule is not None:
+            step = int(step_count[0])
             factor = _options.real(schedule(step), f"schedule({step})")
-        inverse = 1.0
         if type(grad_scale) is not float or grad_scale != 1.0:
-            inverse = self._invert(grad_scale)
-        first = 0.0
+            inverse = self.invert(grad_scale)
+        for options in self._options:
+            if options.touched:
+                self._made_for = None
+        if self._made_for != (factor, inverse):
+            self._make(factor, inverse, int(step_count[0]))
+        return self._lr
+
+    def _make(self, factor: float, inverse: float, step: int) -> None:
+        self._made_for = None  # until the rows are whole
         for k, options in enumerate(self._options):
-            if not self._has_seen(k, options):  # by identity: True is not 1.0
+            if options.touched:
                 self._read(k, options)
-            lr, _, _, _, _, maximize = self._seen[k]
-            lr *= factor
+            lr = options["lr"] * factor
             if not lr <= self._largest_lr[k]:
                 raise ValueError(
                     f"lr * schedule({step}) must not exceed {self._largest_lr[k]:.4g}, where"
                     f" steps become infinite in the parameters' dtype, got {lr!r}"
                 )
             self.rows[k, LR] = lr
-            self.rows[k, GRAD_FACTOR] = -inverse if maximize else inverse
-            first = first if k else lr
-        return first
+            self.rows[k, GRAD_FACTOR] = -inverse if options["maximize"] else inverse
+        self._lr = float(self.rows[0, LR]) if self._options else 0.0
+        self._made_for = factor, inverse
 
-    def _has_seen(self, k: int, options: dict[str, Any]) -> bool:
-        try:
-            now = _hyperparameters(options)
-        except KeyError as error:
-            raise ValueError(f"param_groups[{k}] must have {error.args[0]!r}") from None
-        if len(options) != len(self._keys[k]) or options.get("params") is not self._params[k]:
+    def clip(self, coefficient: float) -> None:
+        """Multiply the gradients of this step by a number more."""
+        self._made_for = None
+        self.rows[:, GRAD_FACTOR] *= coefficient
+
+    def _read(self, k: int, options: ParamGroup) -> None:
+        missing = [name for name in _options.NAMES if name not in options]
+        if missing:
+            raise ValueError(f"param_groups[{k}] must have {missing[0]!r}")
+        if options.keys() != self._keys[k] or options["params"] is not self._params[k]:
             raise ValueError(
                 f"param_groups[{k}] must keep its keys and its 'params', got"
                 f" {sorted(map(str, options.keys() ^ self._keys[k])) or 'other params'}"
             )
-        seen = self._seen[k]
-        return seen is not None and all(map(is_, now, seen))
-
-    def _read(self, k: int, options: dict[str, Any]) -> None:
         label = f"param_groups[{k}]."
-        self._seen[k] = None  # until the row is whole
         checked = _options.check_options(options, label)
         for dtype in self._dtypes[k]:
             _options.check_fits(checked, dtype, label)
-        options.update(checked)
         decay, decoupled = checked["weight_decay"], checked["decoupled_weight_decay"]
         row = self.rows[k]
         row[BETA1], row[BETA2] = checked["betas"]
@@ -89,15 +113,16 @@ class Scalars:
         row[L2], row[WEIGHT_DECAY] = (0.0, decay) if decoupled else (decay, 0.0)
         # step_size is at most lr/(1-beta1), and 1-decay is lr*weight_decay.
         self._largest_lr[k] = self._largest[k] * (1.0 - row[BETA1]) / max(1.0, row[WEIGHT_DECAY])
-        self._seen[k] = _hyperparameters(checked)
+        options.update(checked)
+        options.touched = False
 
-    def _invert(self, grad_scale: float) -> float:
+    def invert(self, grad_scale: float) -> float:
+        """Return what the gradients are multiplied by, or raise."""
         inverse = 1.0 / _options.real(grad_scale, "grad_scale", open_low=True)
-        largest = min(self._largest, default=np.inf)
-        if not self._tiny <= inverse <= largest:
+        if not self._tiny <= inverse <= self.largest:
             raise ValueError(
-                f"1/grad_scale must be in [{self._tiny:.4g}, {largest:.4g}], the normal numbers"
-                f" of the parameters' dtype, got {grad_scale!r}"
+                f"1/grad_scale must be in [{self._tiny:.4g}, {self.largest:.4g}], the normal"
+                f" numbers of the parameters' dtype, got {grad_scale!r}"
             )
         return inverse
 

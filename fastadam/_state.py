@@ -10,6 +10,9 @@ import numpy.typing as npt
 
 from . import _options
 
+# Bytes: a cache line, and the widest vector.
+ALIGNMENT = 64
+
 
 @dataclass(slots=True, eq=False)
 class ParamState:
@@ -22,26 +25,15 @@ class ParamState:
     exp_avg: npt.NDArray[Any]
     exp_avg_sq: npt.NDArray[Any]
     max_exp_avg_sq: npt.NDArray[Any] | None
-
-    @classmethod
-    def zeros(
-        cls, key: int | str, label: str, param: npt.NDArray[Any], group: int, amsgrad: bool
-    ) -> "ParamState":
-        """Allocate a parameter's state; the system hands out its pages when first touched."""
-        largest = zeros(param) if amsgrad else None
-        return cls(key, label, param, group, zeros(param), zeros(param), largest)
-
-    def thaw(self) -> None:
-        """Replace state that cannot be written, as unpickling may give, by a copy."""
-        for name, array in self.arrays().items():
-            if not array.flags.writeable:
-                setattr(self, name, array.copy("K"))
+    ema: npt.NDArray[Any] | None
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Return the state's own arrays by the names they have in a state_dict."""
         named = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
         if self.max_exp_avg_sq is not None:
             named["max_exp_avg_sq"] = self.max_exp_avg_sq
+        if self.ema is not None:
+            named["ema"] = self.ema
         return named
 
 
@@ -53,10 +45,24 @@ def by_group(states: Sequence[ParamState], groups: int) -> list[list[ParamState]
     return members
 
 
-def zeros(like: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return zeros in the shape, dtype and memory order of ``like``."""
-    order: Literal["C", "F"] = "C" if like.flags.c_contiguous else "F"
-    return np.zeros(like.shape, dtype=like.dtype, order=order)
+def allocate(likes: Sequence[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+    """Return zeros in the shape, dtype and memory order of each, side by side in one buffer.
+
+    Each begins with a cache line. One buffer, so that small arrays too come to
+    lie in huge pages, for which NumPy asks the system from 4 MiB on. The
+    system hands out its pages when they are first touched: those of zeros, as
+    moments are at first, by the thread that updates them.
+    """
+    sizes = [-(-like.nbytes // ALIGNMENT) * ALIGNMENT for like in likes]
+    buffer = np.zeros(sum(sizes) + ALIGNMENT, dtype=np.uint8)
+    start = -buffer.ctypes.data % ALIGNMENT
+    arrays = []
+    for like, size in zip(likes, sizes, strict=True):
+        order: Literal["C", "F"] = "C" if like.flags.c_contiguous else "F"
+        part = buffer[start : start + like.nbytes].view(like.dtype)
+        arrays.append(part.reshape(like.shape, order=order))
+        start += size
+    return arrays
 
 
 @dataclass(slots=True)

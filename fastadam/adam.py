@@ -1,5 +1,6 @@
 """Adam and AdamW: the facade. Groups, state, ``step()``, ``state_dict()``."""
 
+import math
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -7,9 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _options
+from ._containers import check_same
 from ._groups import Groups, describe
 from ._scalars import Scalars
-from ._state import export_state, import_state
+from ._state import allocate, export_state, import_state
 
 
 class StepResult(NamedTuple):
@@ -18,21 +20,31 @@ class StepResult(NamedTuple):
     Attributes
     ----------
     step : int
-        The step just taken, counted from 0: what the schedule was asked for.
+        The step of this call, counted from 0: what the schedule was asked
+        for. A skipped step's number is the next one's again.
     lr : float
         The learning rate it used, per step: the first group's ``lr`` times
         the schedule's factor.
+    grad_norm : float or None
+        The global norm of the gradients, divided by ``grad_scale`` and not
+        yet clipped; None where neither ``max_grad_norm`` nor ``nonfinite``
+        asked for it.
+    skipped : bool
+        Whether nothing was updated or counted, since a gradient was not
+        finite.
 
     Examples
     --------
     >>> import numpy as np, fastadam
-    >>> opt = fastadam.Adam(np.zeros(3), lr=0.1)
-    >>> opt.step(np.ones(3))
-    StepResult(step=0, lr=0.1)
+    >>> opt = fastadam.Adam(np.zeros(2), lr=0.1, max_grad_norm=1.0)
+    >>> opt.step(np.array([3.0, 4.0]))
+    StepResult(step=0, lr=0.1, grad_norm=5.0, skipped=False)
     """
 
     step: int
     lr: float
+    grad_norm: float | None = None
+    skipped: bool = False
 
 
 class Adam:
@@ -78,6 +90,18 @@ class Adam:
     schedule : callable, optional
         ``schedule(step)`` gives the factor on every group's ``lr``, finite
         and >= 0; steps count from 0. See `fastadam.schedules`.
+    max_grad_norm : float, optional
+        Scale the gradients down where their global norm, over all groups,
+        exceeds this, > 0, as `torch.nn.utils.clip_grad_norm_` does: one NaN
+        makes all of them NaN. With ``math.inf`` the norm is only measured.
+    nonfinite : {"propagate", "skip", "raise"}
+        What to do if a gradient holds NaN or infinity, decided before
+        anything is written: compute with it, leave out the whole step, or
+        raise `FloatingPointError`.
+    ema_decay : float, optional
+        Keep an exponential moving average of the parameters in `ema_params`,
+        which each step makes ``ema_decay * average + (1-ema_decay) * param``;
+        in [0, 1). It begins as a copy of the parameters as given.
 
     Raises
     ------
@@ -120,6 +144,9 @@ class Adam:
         amsgrad: bool = False,
         maximize: bool = False,
         schedule: Callable[[int], float] | None = None,
+        max_grad_norm: float | None = None,
+        nonfinite: str = "propagate",
+        ema_decay: float | None = None,
     ) -> None:
         defaults = _options.check_options(
             {
@@ -133,8 +160,11 @@ class Adam:
         )
         amsgrad = _options.flag(amsgrad, "amsgrad")
         self._schedule = _options.check_schedule(schedule)
+        self._max_grad_norm = _options.check_max_grad_norm(max_grad_norm)
+        self._nonfinite = _options.check_nonfinite(nonfinite)
+        ema_decay = _options.check_ema_decay(ema_decay)
         self._lock = threading.Lock()
-        groups = Groups(params, defaults, amsgrad=amsgrad)
+        groups = Groups(params, defaults, amsgrad=amsgrad, ema_decay=ema_decay)
         self._install(groups, np.zeros(len(groups.states), dtype=np.int64), 0)
 
     def _install(self, groups: Groups, steps: Any, step_count: int) -> None:
@@ -142,9 +172,12 @@ class Adam:
         # Here, since it brings the compiler along: most of what an import would cost.
         from ._plan import Plan
 
-        plan = Plan(groups.states, steps, step_count)
         scalars = Scalars(groups)
+        plan = Plan(groups.states, groups.labels, steps, step_count, scalars.rows)
         self._groups, self._plan, self._scalars = groups, plan, scalars
+        # The gradients of our own, made when first asked for: as the user has them, and in a row.
+        self._grads: Any = None
+        self._own_grads: tuple[Any, ...] = ()
 
     def add_param_group(self, group: Mapping[str, Any]) -> None:
         """Add parameters; from the next step on, ``grads`` has one entry a group.
@@ -169,8 +202,8 @@ class Adam:
         >>> import numpy as np, fastadam
         >>> opt = fastadam.Adam([np.zeros(2)])
         >>> opt.add_param_group({"params": [np.zeros(3)], "lr": 1e-4})
-        >>> opt.step([[np.ones(2)], [np.ones(3)]])
-        StepResult(step=0, lr=0.01)
+        >>> opt.step([[np.ones(2)], [np.ones(3)]]).lr
+        0.01
         """
         with take_turn(self._lock):
             groups = self._groups.extended(group)
@@ -178,7 +211,9 @@ class Adam:
             steps[: len(self._groups.states)] = self._plan.steps
             self._install(groups, steps, self.step_count)
 
-    def step(self, grads: Any, *, grad_scale: float = 1.0, zero_grad: bool = False) -> StepResult:
+    def step(
+        self, grads: Any = ..., *, grad_scale: float = 1.0, zero_grad: bool = False
+    ) -> StepResult:
         """Update every parameter that has a gradient, in place.
 
         Parameters
@@ -187,25 +222,31 @@ class Adam:
             The gradients in the shape of container in which the parameters
             came; with groups, one entry a group. Each has its parameter's
             shape, dtype and memory order, and shares memory with nothing
-            else here. None leaves its parameter, state and step count as
-            they are.
+            else here. None leaves its parameter, state, average and step
+            count as they are. By default the arrays of `grads`.
         grad_scale : float
             What the loss, and so the gradients, had been multiplied by: they
-            are divided by it on their way, > 0.
+            are divided by it on their way, before they are clipped, > 0.
         zero_grad : bool
-            Set the gradients to 0 in the same pass, in place.
+            Set the gradients to 0 in the same pass, in place; also where the
+            step is skipped.
 
         Returns
         -------
         StepResult
-            The step, counted from 0, and the learning rate it used.
+            The step, counted from 0, the learning rate it used, the norm of
+            the gradients if it was measured, and whether it was skipped.
 
         Raises
         ------
         TypeError, ValueError
             For a gradient that does not fit, a hyperparameter in
             ``param_groups`` out of range, or a schedule's factor that is NaN,
-            infinite or negative. Nothing has then been changed.
+            infinite or negative; if there is no argument, and nobody has asked
+            for `grads`. Nothing has then been changed.
+        FloatingPointError
+            With ``nonfinite="raise"``, for a gradient that holds NaN or
+            infinity. Nothing has then been changed.
         RuntimeError
             If a step of this optimizer is under way, in another thread or
             further up, calling the schedule.
@@ -216,33 +257,156 @@ class Adam:
         >>> w, b = np.zeros((2, 2)), np.zeros(2)
         >>> opt = fastadam.Adam([w, b], lr=0.5)
         >>> opt.step([np.ones((2, 2)), None])
-        StepResult(step=0, lr=0.5)
+        StepResult(step=0, lr=0.5, grad_norm=None, skipped=False)
         >>> w.round(6), b
         (array([[-0.5, -0.5],
                [-0.5, -0.5]]), array([0., 0.]))
         """
         with take_turn(self._lock):
-            groups, plan, scalars = self._groups, self._plan, self._scalars
-            step = self.step_count
+            plan = self._plan
             # The user's own code first, in containers and schedule; then nothing but ours
-            # until the kernel has run. The list keeps the gradients alive that long.
-            flat = groups.flatten(grads)
+            # until the kernel has run. The tuple keeps the gradients alive that long.
+            if grads is ... or (grads is self._grads and grads is not None):
+                flat = self._take_own_grads()
+            else:
+                flat = self._groups.flatten(grads)
             if zero_grad is not False:
                 zero_grad = _options.flag(zero_grad, "zero_grad")
-            lr = scalars.refresh(step, self._schedule, grad_scale)
-            plan.take_grads(flat, groups.labels, writable=zero_grad)
-            plan.update(scalars.rows, amsgrad=groups.amsgrad, zero_grad=zero_grad)
-            return StepResult(step, lr)
+            lr = self._scalars.refresh(plan.step_count, self._schedule, grad_scale)
+            if self._max_grad_norm is None and self._nonfinite == "propagate":
+                return StepResult(plan.step(flat, zero_grad), lr)
+
+            flat = plan.take_grads(flat, zero_grad)
+            inverse = 1.0 if grad_scale == 1.0 else self._scalars.invert(grad_scale)
+            norm = plan.norm(flat) * inverse
+            if self._nonfinite != "propagate" and not self._is_finite(flat, norm, inverse):
+                if zero_grad:
+                    plan.zero_grads(flat)
+                return StepResult(self.step_count, lr, norm, skipped=True)
+            self._scalars.clip(clip_coefficient(norm, self._max_grad_norm))
+            return StepResult(plan.update(zero_grad), lr, norm)
+
+    def _rehearsals(self) -> list[tuple[Any, tuple[Any, ...]]]:
+        """Return calls of all kernels that `step` may need, each on nothing."""
+        norm = self._max_grad_norm is not None or self._nonfinite != "propagate"
+        zeroing = self._plan.rehearsals(True, norm=False)
+        return self._plan.rehearsals(False, norm=norm) + zeroing
+
+    def _take_own_grads(self) -> tuple[Any, ...]:
+        if self._grads is None:
+            raise ValueError("grads must be given, or opt.grads be filled before, got neither")
+        return self._own_grads
+
+    def _is_finite(self, flat: tuple[Any, ...], norm: float, inverse: float) -> bool:
+        """Whether every gradient is finite; raise if that was asked for."""
+        # As a rule the norm tells. Where it does not, elements are looked at.
+        if norm <= self._scalars.largest:
+            return True
+        for grad, label in zip(flat, self._groups.labels, strict=True):
+            if grad is not None:
+                with np.errstate(over="ignore", invalid="ignore"):
+                    good = np.isfinite(grad * grad.dtype.type(inverse))
+                if not good.all():
+                    if self._nonfinite == "raise":
+                        place = np.unravel_index(int(np.argmin(good)), good.shape)
+                        where = f"[{', '.join(map(str, place))}]" if place else ""
+                        raise FloatingPointError(
+                            f"{label} must be finite, got {grad[place]!r} at {label}{where}"
+                        )
+                    return False
+        return True
+
+    @property
+    def grads(self) -> Any:
+        """Gradient arrays of our own, in the container that the parameters came in.
+
+        Views of one flat buffer, zeros at first, to be filled in place: they lie
+        well, and ``step()`` without an argument uses them, all of them. They are
+        made when first asked for, and anew after `add_param_group`. The arrays
+        cannot be replaced: ``opt.grads["w"] = array`` raises TypeError.
+
+        Raises
+        ------
+        RuntimeError
+            If they must be made while a step is under way.
+
+        Examples
+        --------
+        >>> import numpy as np, fastadam
+        >>> opt = fastadam.Adam({"w": np.zeros(2), "b": np.zeros(1)}, lr=0.5)
+        >>> opt.grads["w"][:] = [1.0, -1.0]
+        >>> opt.grads["b"] += 2.0
+        >>> opt.step(zero_grad=True).step
+        0
+        >>> opt.grads["w"]
+        array([0., 0.])
+        """
+        if self._grads is None:
+            with take_turn(self._lock):
+                flat = tuple(allocate([state.param for state in self._groups.states]))
+                self._own_grads, self._grads = flat, self._groups.wrap(flat)
+        return self._grads
+
+    @grads.setter
+    def grads(self, grads: Any) -> None:
+        check_same(self.grads, grads, "grads")
+
+    @property
+    def ema_params(self) -> Any:
+        """The averages of the parameters, in the container that the parameters came in.
+
+        The arrays are live: each step moves them. They can be written to, but not
+        replaced.
+
+        Raises
+        ------
+        AttributeError
+            If the optimizer was made without ``ema_decay``.
+
+        Examples
+        --------
+        >>> import numpy as np, fastadam
+        >>> opt = fastadam.Adam([np.zeros(2)], lr=1.0, ema_decay=0.75)
+        >>> _ = opt.step([np.ones(2)])
+        >>> opt.ema_params[0].round(6)
+        array([-0.25, -0.25])
+        """
+        if self._groups.ema_decay is None:
+            raise AttributeError("ema_params needs an optimizer made with ema_decay, got None")
+        return self._groups.wrap([state.ema for state in self._groups.states])
 
     @property
     def step_count(self) -> int:
-        """Calls of `step` so far: the number the schedule is asked for next."""
+        """Steps taken so far, without those skipped: what the schedule is asked for next."""
         return int(self._plan.step_count[0])
 
     @property
     def amsgrad(self) -> bool:
         """Whether the largest ``exp_avg_sq`` so far is kept and used."""
         return self._groups.amsgrad
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The global norm to which gradients are scaled down, or None; can be set."""
+        return self._max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, max_grad_norm: float | None) -> None:
+        self._max_grad_norm = _options.check_max_grad_norm(max_grad_norm)
+
+    @property
+    def nonfinite(self) -> str:
+        """What is done if a gradient is not finite: propagate, skip or raise; can be set."""
+        return self._nonfinite
+
+    @nonfinite.setter
+    def nonfinite(self, nonfinite: str) -> None:
+        self._nonfinite = _options.check_nonfinite(nonfinite)
+
+    @property
+    def ema_decay(self) -> float | None:
+        """How much of the parameters' average each step keeps, or None."""
+        return self._groups.ema_decay
 
     @property
     def lr(self) -> float:
@@ -281,7 +445,7 @@ class Adam:
 
     @property
     def state(self) -> dict[int | str, dict[str, Any]]:
-        """Each parameter's step count and moments, by name or place; the arrays are live."""
+        """What `state_dict` holds of each parameter, by name or place; the arrays are live."""
         states, steps = self._groups.states, self._plan.steps
         return {
             state.key: {"step": int(step), **state.arrays()}
@@ -295,10 +459,11 @@ class Adam:
         -------
         dict
             ``"state"``: by name, or by place where there are no names, a dict
-            with ``"step"`` (int), ``"exp_avg"``, ``"exp_avg_sq"`` and, with
-            AMSGrad, ``"max_exp_avg_sq"`` (arrays of the parameter's shape and
-            dtype); ``"param_groups"``: the hyperparameters, with the names or
-            places as ``"params"``; ``"step_count"`` (int).
+            with ``"step"`` (int), ``"exp_avg"``, ``"exp_avg_sq"`` and, where
+            they are kept, ``"max_exp_avg_sq"`` and ``"ema"`` (arrays of the
+            parameter's shape and dtype); ``"param_groups"``: the
+            hyperparameters, with the names or places as ``"params"``;
+            ``"step_count"`` (int).
 
         Raises
         ------
@@ -353,7 +518,7 @@ class Adam:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what holds addresses: a copy must not write to the original's arrays."""
-        left_out = ("_lock", "_plan", "_scalars")
+        left_out = ("_lock", "_plan", "_scalars", "_grads", "_own_grads")
         with take_turn(self._lock):
             kept = {name: value for name, value in vars(self).items() if name not in left_out}
             return {**kept, "steps": self._plan.steps, "step_count": self.step_count}
@@ -362,8 +527,7 @@ class Adam:
         """Find the arrays of the copy where they lie now."""
         steps, step_count = kept.pop("steps"), kept.pop("step_count")
         vars(self).update(kept)
-        for state in self._groups.states:
-            state.thaw()
+        self._groups.rehouse()
         self._lock = threading.Lock()
         self._install(self._groups, steps, step_count)
 
@@ -373,11 +537,12 @@ class Adam:
     def __repr__(self) -> str:
         groups = self._groups
         elements = sum(state.param.size for state in groups.states)
-        dtypes = ", ".join(table.zero.dtype.name for table in self._plan.tables) or "no dtype"
+        dtypes = ", ".join(each.dtype.name for each in self._plan.contexts) or "no dtype"
         head = (
             f"{type(self).__name__}({len(groups.states)} parameters, {elements:,} elements of"
             f" {dtypes}, step_count={self.step_count}, amsgrad={groups.amsgrad},"
-            f" schedule={self._schedule!r})"
+            f" schedule={self._schedule!r}, max_grad_norm={self._max_grad_norm!r},"
+            f" nonfinite={self._nonfinite!r}, ema_decay={groups.ema_decay!r})"
         )
         lines = [head]
         for k, (options, container) in enumerate(
@@ -394,7 +559,7 @@ class AdamW(Adam):
 
     Parameters
     ----------
-    params, lr, betas, eps, amsgrad, maximize, schedule
+    params, lr, betas, eps, amsgrad, maximize, schedule, max_grad_norm, nonfinite, ema_decay
         As in `Adam`.
     weight_decay : float
         Each step multiplies the parameters by ``1 - lr*weight_decay``.
@@ -433,6 +598,9 @@ class AdamW(Adam):
         amsgrad: bool = False,
         maximize: bool = False,
         schedule: Callable[[int], float] | None = None,
+        max_grad_norm: float | None = None,
+        nonfinite: str = "propagate",
+        ema_decay: float | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -444,7 +612,18 @@ class AdamW(Adam):
             amsgrad=amsgrad,
             maximize=maximize,
             schedule=schedule,
+            max_grad_norm=max_grad_norm,
+            nonfinite=nonfinite,
+            ema_decay=ema_decay,
         )
+
+
+def clip_coefficient(norm: float, max_grad_norm: float | None) -> float:
+    """Return what `torch.nn.utils.clip_grad_norm_` multiplies gradients of this norm by."""
+    if max_grad_norm is None or math.isinf(max_grad_norm):
+        return 1.0
+    coefficient = max_grad_norm / (norm + 1e-6)
+    return 1.0 if coefficient > 1.0 else coefficient  # NaN stays NaN
 
 
 def take_turn(lock: threading.Lock) -> threading.Lock:

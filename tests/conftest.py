@@ -24,6 +24,31 @@ def rng():
 
 
 @pytest.fixture
+def kernel_calls(monkeypatch):
+    """Note the kernels that are called: which, for what dtype, with what options."""
+    from fastadam import _cpu
+
+    calls = []
+
+    def noting(kind, factory):
+        def make(dtype, **options):
+            kernel = factory(dtype, **options)
+
+            def call(*arguments):
+                calls.append((kind, dtype.name, *(name for name in options if options[name])))
+                return kernel(*arguments)
+
+            return call
+
+        return make
+
+    for kind in ("update", "sum"):
+        factory = getattr(_cpu, f"{kind}_kernel")
+        monkeypatch.setattr(_cpu, f"{kind}_kernel", noting(kind, factory))
+    return calls
+
+
+@pytest.fixture
 def optional():
     """Import an optional package, or skip the test."""
 

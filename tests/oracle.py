@@ -42,24 +42,27 @@ class Reference:
         amsgrad=False,
         maximize=False,
         schedule=None,
+        ema_decay=None,
     ):
         self.param = np.array(param, dtype=np.float64)
         self.exp_avg = np.zeros_like(self.param)
         self.exp_avg_sq = np.zeros_like(self.param)
         self.max_exp_avg_sq = np.zeros_like(self.param) if amsgrad else None
+        self.ema, self.ema_decay = None if ema_decay is None else self.param.copy(), ema_decay
         self.lr, self.betas, self.eps = lr, betas, eps
         self.weight_decay, self.decoupled = weight_decay, decoupled_weight_decay
         self.maximize, self.schedule = maximize, schedule
         self.step_count = self.updates = 0
 
-    def step(self, grad, grad_scale=1.0):
+    def step(self, grad, grad_scale=1.0, coefficient=1.0):
+        """Update with ``coefficient * grad / grad_scale``."""
         lr = self.lr * (1.0 if self.schedule is None else self.schedule(self.step_count))
         self.step_count += 1
         if grad is None:
             return
         self.updates += 1
         b1, b2 = self.betas
-        g = np.asarray(grad, dtype=np.float64) / grad_scale
+        g = np.asarray(grad, dtype=np.float64) / grad_scale * coefficient
         g = -g if self.maximize else g
         if self.weight_decay and not self.decoupled:
             g = g + self.weight_decay * self.param
@@ -73,12 +76,34 @@ class Reference:
         if self.decoupled:
             self.param = self.param * (1 - lr * self.weight_decay)
         self.param = self.param - lr * m_hat / (np.sqrt(v_hat) + self.eps)
+        if self.ema is not None:
+            self.ema = self.ema + (1 - self.ema_decay) * (self.param - self.ema)
 
     def arrays(self):
         named = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
         if self.max_exp_avg_sq is not None:
             named["max_exp_avg_sq"] = self.max_exp_avg_sq
+        if self.ema is not None:
+            named["ema"] = self.ema
         return named
+
+
+def global_norm(grads):
+    """Root of the sum of all squares, to the last place; grads of None are left out."""
+    values = np.concatenate([[0.0], *(np.ravel(g) for g in grads if g is not None)])
+    if not np.isfinite(values).all():
+        return float(np.abs(values).max())  # NaN, if there is any, or infinity
+    # By a power of 2, so that no square is infinite and none that counts is 0.
+    _, exponent = np.frexp(np.abs(values).max())
+    scaled = np.ldexp(values.astype(np.float64), -int(exponent))
+    root = math.sqrt(math.fsum(x * x for x in scaled.tolist()))
+    with np.errstate(over="ignore"):
+        return float(np.ldexp(root, int(exponent)))
+
+
+def clip_coefficient(norm, max_norm):
+    """What ``torch.nn.utils.clip_grad_norm_`` multiplies the gradients by."""
+    return 1.0 if max_norm is None else min(max_norm / (norm + 1e-6), 1.0)
 
 
 def ulps(got, exact, scale):

@@ -5,19 +5,24 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
+from numba import types
 
 import fastadam
+from fastadam import _cpu
 
-STEP = """
+PLAIN = {"parallel": False, "amsgrad": False, "average": False, "zero_grad": False}
+STEP = f"""
 import json, os, sys
 import numpy as np, fastadam
 from fastadam import _cpu
 param = np.ones(8, np.dtype(os.environ.get("TEST_DTYPE", "float32")))
 fastadam.Adam(param, lr=0.5).step(np.ones_like(param))
-stats = _cpu.update_serial.stats
+stats = _cpu.update_kernel(param.dtype, **{PLAIN}).stats
 hits, misses = sum(stats.cache_hits.values()), sum(stats.cache_misses.values())
 print(json.dumps([hits, misses, round(float(param[0]), 6)]))
 """
@@ -47,7 +52,7 @@ def run(tmp_path, **env):
 
 
 def kernels(tmp_path):
-    return sorted((tmp_path / "cache").rglob("fastadam.update_tensors-*"))
+    return sorted((tmp_path / "cache").rglob("fastadam.update_serial-*.nbc"))
 
 
 def test_second_process_is_served_and_damage_is_noticed(tmp_path):
@@ -103,6 +108,52 @@ def test_processes_that_start_at_once(tmp_path):
     assert len(kernels(tmp_path)) == 2
     for dtype in dtypes[:2]:
         assert run(tmp_path, TEST_DTYPE=dtype) == (1, 0, 0.5)
+
+
+def test_every_kernel_has_a_file_of_its_own():
+    """Dtypes, ways and options: what a kernel closes over is part of its key."""
+    options = ("parallel", "amsgrad", "average", "zero_grad")
+    variants = [
+        _cpu.update_kernel(np.dtype(dtype), **dict(zip(options, on, strict=True)))
+        for dtype, *on in product(("f4", "f8"), *[(False, True)] * len(options))
+    ]
+    variants += [
+        _cpu.sum_kernel(np.dtype(dtype), parallel=parallel)
+        for dtype, parallel in product(("f4", "f8"), (False, True))
+    ]
+    variants.append(_cpu.look_kernel)
+    signature = (types.int64, types.int64)
+    paths = [kernel._cache._path(signature, kernel.targetctx.codegen()) for kernel in variants]
+    assert len(set(paths)) == len(variants) == 37
+
+
+VARIANTS = """
+import json
+import numpy as np, fastadam
+from fastadam import _cpu
+hits = misses = 0
+values = []
+cases = ("f4", None, False), ("f8", None, False), ("f4", 0.5, False), ("f4", None, True)
+for dtype, ema, zero in cases:
+    param, grad = np.zeros(8, dtype), np.ones(8, dtype)
+    opt = fastadam.Adam(param, lr=0.5, ema_decay=ema)
+    opt.step(grad, zero_grad=zero)
+    values += [round(float(param[0]), 6), float(grad[0])]
+    values += [] if ema is None else [round(float(opt.ema_params[0]), 6)]
+    kernel = _cpu.update_kernel(
+        param.dtype, parallel=False, amsgrad=False, average=ema is not None, zero_grad=zero
+    )
+    hits += sum(kernel.stats.cache_hits.values())
+    misses += sum(kernel.stats.cache_misses.values())
+print(json.dumps([hits, misses, values]))
+"""
+
+
+def test_variants_are_not_mixed_up(tmp_path):
+    """Kernels of the same functions, from one process to the next."""
+    values = [-0.5, 1, -0.5, 1, -0.5, 1, -0.25, -0.5, 0]
+    assert finish(start(tmp_path, VARIANTS)) == (0, 4, values)
+    assert finish(start(tmp_path, VARIANTS)) == (4, 0, values)
 
 
 def test_no_folder_to_write_to(tmp_path):

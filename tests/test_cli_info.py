@@ -213,7 +213,7 @@ class TestParts:
 
         from fastadam import _cpu
 
-        monkeypatch.setattr(_cpu.update_serial, "_cache", NullCache())
+        monkeypatch.setattr(_cpu.look_kernel, "_cache", NullCache())
         assert probe.cache() == {"folder": None, "writable": False, "kernels": 0, "bytes": 0}
 
     def test_counts_kernels(self, monkeypatch, tmp_path):
@@ -221,10 +221,10 @@ class TestParts:
 
         from fastadam import _cpu
 
-        (tmp_path / "fastadam.update_tensors-1.nbc").write_bytes(b"12345")
+        (tmp_path / "fastadam.update_serial-1.nbc").write_bytes(b"12345")
         (tmp_path / "other.nbc").write_bytes(b"1")
         fake = SimpleNamespace(_cache=SimpleNamespace(cache_path=str(tmp_path)))
-        monkeypatch.setattr(_cpu, "update_serial", fake)
+        monkeypatch.setattr(_cpu, "look_kernel", fake)
         found = probe.cache()
         assert found == {"folder": str(tmp_path), "writable": True, "kernels": 1, "bytes": 5}
 

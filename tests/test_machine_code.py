@@ -1,5 +1,6 @@
-"""What the compiler made of the kernel: packed square roots and divisions, real fma."""
+"""What the compiler made of the kernels: packed arithmetic, real fma, nothing of what is off."""
 
+import functools
 import os
 import platform
 import re
@@ -9,36 +10,65 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numba import njit
-from test_bits import CPUS
+from numba import njit, types
+from test_bits import CPUS, supports
 
-from fastadam import _cpu, _jit
+from fastadam import _cpu, _formula, _jit
 
 pytestmark = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="reads x86-64 assembly"
 )
 
+OPTIONS = ("AMSGRAD", "AVERAGE", "ZERO_GRAD")
+EITHER = pytest.mark.parametrize(("dtype", "kind"), [(np.float32, "s"), (np.float64, "d")])
 
-def assembly(dtype, amsgrad, zero_grad, parallel):
-    kernel = njit(parallel=parallel, **_jit.FLAGS)(_cpu.update_tensors)  # no cache: it has no text
-    tensors, chunks = np.zeros((0, 10), np.int64), np.zeros((0, 3), np.int64)
-    groups, scalars = np.zeros((0, 7)), np.zeros((0, 10), dtype)
-    count, zero = np.zeros(1, np.int64), dtype(0) if zero_grad else None
-    kernel(count, tensors, chunks, groups, scalars, amsgrad, zero)
+
+def assembly(function, arguments, parallel=False, **constants):
+    bound = _formula.bind(function, **constants)
+    kernel = njit(parallel=parallel, nogil=parallel, **_jit.FLAGS)(bound)  # a cache has no text
+    kernel.compile(tuple(arguments))
     (signature,) = kernel.signatures
     return kernel.overloads[signature].library.get_asm_str()
+
+
+@functools.cache
+def update_assembly(dtype, on=(), parallel=False):
+    function = _cpu.update_parallel if parallel else _cpu.update_serial
+    constants = {name: True if name in on else None for name in OPTIONS}
+    arguments = [types.int64, types.int64]
+    return assembly(function, arguments, parallel, FLOAT=dtype, **constants)
+
+
+def sum_assembly(dtype, parallel=False):
+    function = _cpu.sum_parallel if parallel else _cpu.sum_serial
+    arguments = [types.int64, types.float64, types.int64][: 2 + parallel]
+    return assembly(function, arguments, parallel, FLOAT=dtype)
 
 
 def count(pattern, text):
     return len(re.findall(rf"^\s+v?{pattern}\b", text, re.MULTILINE))
 
 
-@pytest.mark.parametrize("parallel", [False, True])
-@pytest.mark.parametrize(("amsgrad", "zero_grad"), [(None, False), (True, True)])
-@pytest.mark.parametrize(("dtype", "kind"), [(np.float32, "s"), (np.float64, "d")])
-def test_loops_are_vectorised(dtype, kind, amsgrad, zero_grad, parallel):
+def vector_loops(kind, text):
+    """Of each loop that takes packed roots: the vectors read and written for one of them."""
+    for block in re.split(r"^\.?L\w+:", text, flags=re.MULTILINE):
+        roots = count(f"sqrtp{kind}", block)
+        if roots:
+            touching = [
+                line
+                for line in block.splitlines()
+                if re.search(r"%[xyz]mm\d+", line) and re.search(r"\((?!%rsp|%rip)", line)
+            ]
+            written = sum(line.rstrip().endswith(")") for line in touching)
+            yield (len(touching) - written) / roots, written / roots
+
+
+@pytest.mark.parametrize("parallel", [False, True], ids=["serial", "parallel"])
+@pytest.mark.parametrize("on", [(), OPTIONS], ids=["plain", "everything"])
+@EITHER
+def test_loops_are_vectorised(dtype, kind, on, parallel):
     """Both loops, without and with L2; scalar code is for remainders and the prologue only."""
-    text = assembly(dtype, amsgrad, zero_grad, parallel)
+    text = update_assembly(dtype, on, parallel)
     for operation in ("sqrt", "div"):
         packed = count(f"{operation}p{kind}", text)
         assert packed >= 2, f"{operation} is not packed"
@@ -48,12 +78,47 @@ def test_loops_are_vectorised(dtype, kind, amsgrad, zero_grad, parallel):
     assert not re.search(r"\bv?gather|\bv?scatter", text)
     if kind == "s":  # nothing of the loop is widened to float64
         assert count("cvtps2pd", text) == 0
+        assert count("cvtss2sd", text) == 0
+
+
+@pytest.mark.parametrize(
+    ("on", "reads", "writes"),
+    [
+        ((), 4, 3),
+        (("AMSGRAD",), 5, 4),
+        (("AVERAGE",), 5, 4),
+        (("ZERO_GRAD",), 4, 4),
+        (OPTIONS, 6, 6),
+    ],
+    ids=lambda value: "+".join(value) or "plain" if isinstance(value, tuple) else None,
+)
+@EITHER
+def test_each_array_is_read_and_written_once(dtype, kind, on, reads, writes):
+    """One pass over memory, and nothing in it of an option that is off."""
+    loops = list(vector_loops(kind, update_assembly(dtype, on)))
+    assert len(loops) >= 2  # without L2 and with it
+    assert set(loops) == {(reads, writes)}
+
+
+@pytest.mark.skipif(not supports("avx2"), reason="no fma on this processor")
+@pytest.mark.parametrize("parallel", [False, True], ids=["serial", "parallel"])
+@EITHER
+def test_sum_is_vectorised(dtype, kind, parallel):
+    """Packed float64, in at least four chains: none waits for the one before it."""
+    text = sum_assembly(dtype, parallel)
+    blocks = re.split(r"^\.?L\w+:", text, flags=re.MULTILINE)
+    loop = max(blocks, key=lambda block: count(r"fmadd\d+pd", block))
+    fused = re.findall(r"fmadd\d+pd.*%([xyz]mm\d+)$", loop, re.MULTILINE)
+    assert len(set(fused)) >= 4
+    assert count(r"fmadd\d+sd", text) <= len(fused) // 4  # what is left over
+    assert count("cvtps2pd", loop) == (len(fused) if kind == "s" else 0)
+    assert not re.search(r"\bv?gather|\bcall", loop)
 
 
 CHILD = """
 import re
 import numpy as np, test_machine_code as t
-text = t.assembly(np.float32, None, False, False)
+text = t.update_assembly(np.float32)
 wide = set(re.findall(r"sqrtps.*([xyz])mm", text))
 print(max(wide, default="none"), t.count(r"fn?madd\\d+ps", text), text.count("fmaf"))
 """

@@ -198,7 +198,7 @@ def test_lr_and_schedule_can_be_changed():
     opt.lr = 0.3
     assert opt.step(np.ones(2)).lr == 0.3
     opt.schedule = lambda step: 1 / step
-    assert opt.step(np.ones(2)) == (2, 0.15)
+    assert opt.step(np.ones(2)) == fastadam.StepResult(step=2, lr=0.15)
     opt.param_groups[0]["lr"] = 1
     assert opt.step(np.ones(2)).lr == pytest.approx(1 / 3)
     assert opt.lr == 1

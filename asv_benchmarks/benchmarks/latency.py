@@ -59,3 +59,6 @@ class FirstStep:
     def timeraw_empty_cache(self, size):
         # asv asks again for every sample: each compiles in a folder of its own.
         return STEP, PREPARE.format(folder=tempfile.mkdtemp(dir=self.folder), size=size)
+
+    def timeraw_compile_warm_cache(self, size):
+        return "fastadam.compile(opt)", PREPARE.format(folder=self.warm, size=size)

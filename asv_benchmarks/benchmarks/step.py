@@ -1,100 +1,119 @@
-"""Time of one step."""
+"""Time of one step: sizes, numbers of tensors, threads, options, models."""
 
+import numba
 import numpy as np
 
-from .common import BACKENDS, DTYPES, WORKLOADS, draw, make, workload
+import fastadam
+
+from .common import BACKENDS, DTYPES, make, shapes_of
 
 
 class _Step:
     # asv repeats setup before every sample: short samples, or it would take most of the time.
     sample_time = 0.05
     timeout = 300
-    zero_grad = False
 
-    def prepare(self, backend, shapes, dtype, **options):
-        self.params, self.grads = draw(shapes, dtype)
-        self.step = make(backend, self.params, **options)
-        # Compiles or loads the kernel, starts the threads, touches the state's memory.
-        for _ in range(2):
-            copies = [np.copy(grad) for grad in self.grads]
-            self.step(copies, zero_grad=self.zero_grad)
-        self.step(self.grads)
+    def prepare(self, *args, **kwargs):
+        self.contender = make(*args, **kwargs)
+        self.step, self.wait = self.contender.step, self.contender.wait
+
+    def time_step(self, *_):
+        self.step()
+        self.wait()
 
 
 class Size(_Step):
     """One array, from the cache to memory."""
 
-    param_names = (
-        "backend",
-        "size",
-        "dtype",
-    )
+    param_names = ("backend", "size", "dtype")
     params = (BACKENDS, [10**k for k in range(3, 8)], DTYPES)
 
     def setup(self, backend, size, dtype):
         self.prepare(backend, [(size,)], dtype)
 
-    def time_step(self, *_):
-        self.step(self.grads)
-
 
 class Tensors(_Step):
     """The same million elements, cut into ever more arrays."""
 
-    param_names = (
-        "backend",
-        "tensors",
-    )
+    param_names = ("backend", "tensors")
     params = (BACKENDS, [1, 10, 100, 1_000])
 
     def setup(self, backend, tensors):
-        self.prepare(backend, tensors * [(1_000_000 // tensors,)], "float32")
-
-    def time_step(self, *_):
-        self.step(self.grads)
+        self.prepare(backend, tensors * [(1_000_000 // tensors,)])
 
 
 class Workload(_Step):
     """The shapes of models."""
 
-    param_names = (
-        "backend",
-        "workload",
-    )
-    params = (BACKENDS, list(WORKLOADS))
+    param_names = ("backend", "workload")
+    params = (BACKENDS, ["micro", "mlp", "many", "20M", "gpt2"])
 
     def setup(self, backend, name):
-        self.prepare(backend, workload(name), "float32")
-
-    def time_step(self, *_):
-        self.step(self.grads)
+        self.prepare(backend, shapes_of(name))
 
 
-class Options(_Step):
-    """What a variant of the update costs, on the shapes of a small network."""
+class Threads(_Step):
+    """The same step on more and more threads."""
 
-    param_names = (
-        "backend",
-        "option",
-    )
-    params = (
-        BACKENDS,
-        ["none", "amsgrad", "weight_decay", "fresh_grads", "zero_grad"],
-    )
+    param_names = ("threads", "size")
+    params = ([1, 2, 4, 8, 16], [100_000, 1_000_000, 10_000_000])
+
+    def setup(self, threads, size):
+        if threads > numba.config.NUMBA_NUM_THREADS:
+            raise NotImplementedError("more threads than processors")
+        numba.set_num_threads(threads)
+        self.prepare("fastadam", [(size,)])
+
+    def teardown(self, *_):
+        numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+
+
+# What the constructor is given, and what the step.
+OPTIONS = {
+    "none": ({}, {}),
+    "weight_decay": ({"weight_decay": 0.01}, {}),
+    "decoupled": ({"weight_decay": 0.01, "decoupled_weight_decay": True}, {}),
+    "amsgrad": ({"amsgrad": True}, {}),
+    "ema": ({"ema_decay": 0.999}, {}),
+    "norm": ({"max_grad_norm": float("inf")}, {}),
+    "clip": ({"max_grad_norm": 1.0}, {}),
+    "skip": ({"nonfinite": "skip"}, {}),
+    "grad_scale": ({}, {"grad_scale": 1024.0}),
+    "zero_grad": ({}, {"zero_grad": True}),
+    "schedule": ({"schedule": fastadam.schedules.cosine(10**9)}, {}),
+    "fresh_grads": ({}, {}),
+    "groups": ({}, {}),
+}
+
+
+class Options:
+    """What a variant of the update costs."""
+
+    param_names = ("option", "workload")
+    params = (list(OPTIONS), ["micro", "mlp", "many"])
     # A gradient that has been set to 0 lets the averages decay: in 100 steps by 3e-5 and 6e-3,
     # in the thousands that a sample could hold, to subnormal numbers, which are slow.
     number = 100
+    timeout = 300
 
-    def setup(self, backend, option):
-        options = {"amsgrad": {"amsgrad": True}, "weight_decay": {"weight_decay": 0.01}}
-        self.zero_grad = option == "zero_grad"
-        self.prepare(backend, workload("mlp"), "float32", **options.get(option, {}))
-        # Two sets in turn, as from a function that returns new arrays: addresses must be read
-        # again. Without the option, both are one.
-        other = [np.copy(g) for g in self.grads] if option == "fresh_grads" else self.grads
-        self.sets = [self.grads, other]
-        self.turn = 0
+    def setup(self, option, name):
+        from fastadam.bench.workloads import draw
+
+        options, self.given = OPTIONS[option]
+        params, grads = draw(shapes_of(name), "float32")
+        if option == "groups":
+            params, grads = (
+                [{"params": params[:3]}, {"params": params[3:]}],
+                [grads[:3], grads[3:]],
+            )
+        self.opt = fastadam.Adam(params, **options)
+        # Two sets in turn, as from a function that returns new arrays. Without the option,
+        # both are one.
+        other = [np.copy(g) for g in grads] if option == "fresh_grads" else grads
+        self.sets, self.turn = [grads, other], 0
+        for _ in range(2):
+            self.time_step()
 
     def time_step(self, *_):
         self.turn = 1 - self.turn
-        self.step(self.sets[self.turn], zero_grad=self.zero_grad)
+        self.opt.step(self.sets[self.turn], **self.given)

@@ -45,12 +45,12 @@ class _Parser(argparse.ArgumentParser):
 def _build_parser() -> _Parser:
     # Imported here: the commands themselves import from this module.
     from fastadam import __version__
-    from fastadam.cli import info, train
+    from fastadam.cli import bench, info, train
 
     parser = _Parser(prog="fastadam", description="Adam on the arrays you own.")
     parser.add_argument("--version", action="version", version=f"fastadam {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
-    for command in (train, info):
+    for command in (train, bench, info):
         command.add_parser(subparsers)
     return parser
 
@@ -167,13 +167,15 @@ def output_path(text: str) -> Path:
     return path
 
 
-def require(*packages: str) -> None:
+def require(*packages: str, extra: str = "demo") -> None:
     """Import optional packages, or say how to get them.
 
     Parameters
     ----------
     *packages : str
-        Names of packages of the extra ``demo``.
+        Names of packages.
+    extra : str, default "demo"
+        The extra of fastadam that they belong to.
 
     Raises
     ------
@@ -185,7 +187,7 @@ def require(*packages: str) -> None:
             importlib.import_module(package)
         except ModuleNotFoundError as error:
             raise CommandError(
-                f'needs the package {error.name}: pip install "fastadam[demo]"'
+                f'needs the package {error.name}: pip install "fastadam[{extra}]"'
             ) from error
 
 

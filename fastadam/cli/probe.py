@@ -269,7 +269,7 @@ def cache() -> dict[str, Any]:
     """Return where compiled kernels are kept, and how many there are."""
     from fastadam import _cpu
 
-    cache = getattr(_cpu.update_serial, "_cache", None)
+    cache = getattr(_cpu.look_kernel, "_cache", None)
     folder = getattr(cache, "cache_path", None)  # None: Numba found no folder to write to
     if folder is None:
         return {"folder": None, "writable": False, "kernels": 0, "bytes": 0}

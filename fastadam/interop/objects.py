@@ -11,6 +11,9 @@ import numpy.typing as npt
 from .._options import as_float, is_real
 from ..adam import Adam, StepResult, take_turn
 
+# The constructor's options that no state_dict holds.
+_KEPT = ("amsgrad", "schedule", "max_grad_norm", "nonfinite", "ema_decay")
+
 
 class ObjectAdam:
     """Adam over objects that carry their value and their gradient.
@@ -27,7 +30,7 @@ class ObjectAdam:
     >>> opt = fastadam.from_objects([x], lr=0.1)
     >>> x.grad = 2 * x.data
     >>> opt.step()
-    StepResult(step=0, lr=0.1)
+    StepResult(step=0, lr=0.1, grad_norm=None, skipped=False)
     >>> round(x.data, 6), x.grad
     (2.9, 0.0)
     """
@@ -91,13 +94,14 @@ class ObjectAdam:
         Returns
         -------
         StepResult
-            The step, counted from 0, and the learning rate it used.
+            As `Adam.step`. After a skipped step too, gradients are reset.
 
         Raises
         ------
-        TypeError, ValueError
-            For a value or gradient of the wrong kind, as `Adam.step`. No
-            object has then been changed.
+        TypeError, ValueError, FloatingPointError
+            For a value or gradient of the wrong kind, or one that is not
+            finite where that is refused, as `Adam.step`. No object has then
+            been changed.
         RuntimeError
             If a step is under way, in another thread.
         """
@@ -143,7 +147,7 @@ class ObjectAdam:
 
     @property
     def step_count(self) -> int:
-        """Calls of `step` so far."""
+        """Steps taken so far, without those skipped."""
         return self.optimizer.step_count
 
     @property
@@ -169,6 +173,14 @@ class ObjectAdam:
         """The hyperparameters, as in `Adam.param_groups`."""
         return self.optimizer.param_groups
 
+    @property
+    def ema_params(self) -> list[Any]:
+        """The averages of the objects' ``.data``, floats or live arrays, as `Adam.ema_params`."""
+        averages = list(self.optimizer.ema_params)
+        for k in self._scalars:
+            averages[k] = float(averages[k])
+        return averages
+
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of the state, by place, as `Adam.state_dict`."""
         return self.optimizer.state_dict()
@@ -182,7 +194,7 @@ class ObjectAdam:
         optimizer = self.optimizer
         return {
             "objects": self._objects,
-            "options": {"amsgrad": optimizer.amsgrad, "schedule": optimizer.schedule},
+            "options": {name: getattr(optimizer, name) for name in _KEPT},
             "state": optimizer.state_dict(),
         }
 
@@ -230,7 +242,8 @@ def from_objects(
     -------
     ObjectAdam
         With ``step()``, ``step_count``, ``lr``, ``schedule``,
-        ``param_groups``, ``state_dict()``, ``load_state_dict()``.
+        ``param_groups``, ``ema_params``, ``state_dict()``,
+        ``load_state_dict()``.
 
     Raises
     ------

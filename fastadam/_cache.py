@@ -1,0 +1,84 @@
+"""The compile cache: machine code on disk, served only where it fits."""
+
+import contextlib
+import functools
+import hashlib
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import numba
+from numba.core.caching import FunctionCache
+from numba.core.serialize import dumps
+
+
+@functools.cache
+def source_digest() -> str:
+    """Return a digest of every source that the kernels may be made of.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the sources are not there to read, as in a zip file.
+    """
+    digest = hashlib.sha256()
+    paths = sorted(Path(__file__).parent.glob("_*.py"))
+    if not paths:
+        raise FileNotFoundError("no sources")
+    for path in paths:
+        source = path.read_bytes()
+        digest.update(f"{path.name} {len(source)} ".encode() + source)
+    return digest.hexdigest()
+
+
+class KernelCache(FunctionCache):  # type: ignore[misc]
+    """Numba's cache with one file for each key, and a key of all that matters.
+
+    Numba's own key is the source of the one file that holds the function: it
+    serves old machine code after an edit to another file, and mixes up serial
+    and parallel code of one function. Its index and data are two files, which
+    processes that start at once can leave out of step. Here a file is named
+    for the digest of everything that the code depends on, is written whole or
+    not at all, and is checked before use.
+    """
+
+    def __init__(self, function: Callable[..., Any], variant: str) -> None:
+        super().__init__(function)
+        self._folder = Path(self.cache_path).absolute()  # whatever chdir comes
+        what = (function.__module__, function.__qualname__, variant, source_digest())
+        self._what = (*what, numba.__version__, llvmlite.__version__, sys.version)
+
+    def _path(self, signature: Any, codegen: Any) -> Path:
+        key = repr((self._what, str(signature), codegen.magic_tuple()))
+        name = f"{self._py_func.__name__}-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
+        return self._folder / f"fastadam.{name}.nbc"
+
+    def _load_overload(self, signature: Any, target_context: Any) -> Any:
+        path = self._path(signature, target_context.codegen())
+        try:
+            content = path.read_bytes()
+        except OSError:
+            return None
+        checksum, data = content[:32], content[32:]
+        if hashlib.sha256(data).digest() != checksum:
+            return None
+        return self._impl.rebuild(target_context, pickle.loads(data))  # noqa: S301
+
+    def _save_overload(self, signature: Any, result: Any) -> None:
+        if not self._impl.check_cachable(result):
+            return
+        path = self._path(signature, result.codegen)
+        data = dumps(self._impl.reduce(result))
+        temporary = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
+        # A full disk, or a folder gone read-only, costs time, not the step.
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                temporary.write_bytes(hashlib.sha256(data).digest() + data)
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)

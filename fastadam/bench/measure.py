@@ -1,0 +1,225 @@
+"""Two contenders in turn, and what their times say.
+
+Only the ratio of times taken side by side means anything on a machine that
+others use as well: each round times both, in alternating order, and gives one
+ratio. The median of the ratios is the result.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["Comparison", "Spread", "Steps", "burst", "compare", "spread"]
+
+BURST = 5e-3  # seconds that a timed burst of steps should take
+WARM_UP = 1e-3  # seconds of untimed steps before it
+# OpenMP's threads spin for a while after their last region, and would hold a core that the other
+# contender needs. A turn begins with a rest.
+REST = 5e-3
+# Steps as long as this push everything else out of the caches by themselves: one warm-up will do.
+LONG = 0.1
+LEAST_ROUNDS = 5
+# Seconds that a pair may take on one workload, the calibration aside.
+BUDGET = 4.0
+# A burst with refills between its steps takes longer than its timed part: limit both.
+MOST_REFILLED = 200
+
+
+class Steps(Protocol):
+    """What is timed."""
+
+    def step(self) -> object:
+        """Take one step."""
+
+    def wait(self) -> None:
+        """Return once the steps are done."""
+
+    def refill(self) -> None:
+        """Set the gradients to what they were at first."""
+
+
+class Spread(NamedTuple):
+    """The middle of a list of numbers.
+
+    Attributes
+    ----------
+    median, q1, q3 : float
+        Half, a quarter, and three quarters of the numbers are below.
+    """
+
+    median: float
+    q1: float
+    q3: float
+
+
+class Comparison(NamedTuple):
+    """What `compare` found.
+
+    Attributes
+    ----------
+    seconds, other_seconds : list of float
+        Seconds per step of the first and the second contender, per round.
+    number, other_number : int
+        Steps in a burst.
+    """
+
+    seconds: list[float]
+    other_seconds: list[float]
+    number: int
+    other_number: int
+
+    @property
+    def ratios(self) -> list[float]:
+        """The second contender's time over the first's, per round."""
+        return [
+            theirs / ours for ours, theirs in zip(self.seconds, self.other_seconds, strict=True)
+        ]
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Return median and quartiles.
+
+    Parameters
+    ----------
+    values : sequence of float
+        At least one.
+
+    Returns
+    -------
+    Spread
+        Quartiles by linear interpolation, as `numpy.quantile` has them.
+
+    Examples
+    --------
+    >>> from fastadam.bench.measure import spread
+    >>> spread([1.0, 2.0, 3.0, 4.0, 50.0])
+    Spread(median=3.0, q1=2.0, q3=4.0)
+    """
+    if len(values) == 1:
+        return Spread(values[0], values[0], values[0])
+    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
+    return Spread(median, q1, q3)
+
+
+def burst(
+    contender: Steps,
+    number: int,
+    *,
+    refill: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Time a burst of steps, without garbage collection.
+
+    Parameters
+    ----------
+    contender : Steps
+        What takes the steps.
+    number : int
+        How many, at least 1.
+    refill : bool, default False
+        Set the gradients back before every step, and time each step alone.
+    clock : callable
+        Returns seconds.
+
+    Returns
+    -------
+    float
+        Seconds per step.
+    """
+    step, wait = contender.step, contender.wait
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        if refill:
+            total = 0.0
+            for _ in range(number):
+                contender.refill()
+                began = clock()
+                step()
+                wait()
+                total += clock() - began
+            return total / number
+        began = clock()
+        for _ in range(number):
+            step()
+        wait()
+        return (clock() - began) / number
+    finally:
+        if collects:
+            gc.enable()
+
+
+def compare(
+    first: Steps,
+    second: Steps,
+    *,
+    rounds: int,
+    refill: bool = False,
+    budget: float = BUDGET,
+    on_round: Callable[[int, int], Any] = lambda _done, _rounds: None,
+) -> Comparison:
+    """Let two contenders take turns.
+
+    A turn is a rest, warm-up steps that are not timed (at least 2, or 1 if a
+    step takes longer than 0.1 s) and a burst of as many steps as fit into
+    5 ms, at least 1.
+
+    Parameters
+    ----------
+    first, second : Steps
+        The contenders.
+    rounds : int
+        How often each has its turn, at most: fewer, but no fewer than 5, if
+        they would take longer than `budget`.
+    refill : bool, default False
+        As in `burst`, for both.
+    budget : float
+        Seconds.
+    on_round : callable
+        Called with the rounds done and the rounds planned.
+
+    Returns
+    -------
+    Comparison
+        The times of every round.
+    """
+    plans, round_seconds = [], 0.0
+    for contender in (first, second):
+        seconds = _calibrate(contender, refill=refill)
+        number = max(1, round(BURST / seconds))
+        warm_up = max(2, math.ceil(WARM_UP / seconds)) if seconds < LONG else 1
+        if refill:
+            number, warm_up = min(number, MOST_REFILLED), min(warm_up, MOST_REFILLED)
+        plans.append((contender, number, warm_up))
+        round_seconds += REST + seconds * (number + warm_up)
+    rounds = min(rounds, max(LEAST_ROUNDS, int(budget / round_seconds)))
+    times: tuple[list[float], list[float]] = ([], [])
+    on_round(0, rounds)
+    for turn in range(rounds):
+        for which in (0, 1) if turn % 2 == 0 else (1, 0):
+            contender, number, warm_up = plans[which]
+            time.sleep(REST)
+            burst(contender, warm_up, refill=refill)
+            times[which].append(burst(contender, number, refill=refill))
+        on_round(turn + 1, rounds)
+    return Comparison(*times, plans[0][1], plans[1][1])
+
+
+def _calibrate(contender: Steps, *, refill: bool) -> float:
+    """Return about how many seconds a step takes, once it is compiled and in the caches."""
+    burst(contender, 1, refill=refill)  # compiles, starts threads, touches the state's memory
+    number = 1
+    while True:
+        seconds = burst(contender, number, refill=refill)
+        if seconds < LONG:  # one burst can be held up by whatever else runs
+            seconds = min(seconds, *(burst(contender, number, refill=refill) for _ in range(2)))
+        if seconds * number > BURST / 5 or (refill and number >= MOST_REFILLED):
+            return max(seconds, 1e-9)
+        number *= 4

@@ -1,0 +1,160 @@
+"""A picture of what was measured."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastadam.bench import peers
+from fastadam.bench.report import fastadam_seconds
+from fastadam.bench.tables import format_ratio, format_seconds
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from fastadam.bench.session import Session
+
+__all__ = ["save_plot"]
+
+# By contender, the same in both panels; distinct also to the colour-blind (Okabe and Ito).
+COLORS = {
+    "fastadam": "#000000",
+    "torch-fused": "#d55e00",
+    "torch-foreach": "#e69f00",
+    "deepspeed": "#0072b2",
+    "optax": "#009e73",
+    "thinc": "#cc79a7",
+    "scikit-learn": "#56b4e9",
+    "opt-grads": "#555555",
+    "roofline": "#aaaaaa",
+}
+
+
+def save_plot(
+    session: Session,
+    path: Path,
+    *,
+    workloads: Mapping[str, Sequence[tuple[int, ...]]],
+    sizes: Sequence[int],
+    title: str,
+) -> None:
+    """Save bars of the ratios, and lines of the cost of a parameter by size.
+
+    Parameters
+    ----------
+    session : Session
+        What was measured.
+    path : pathlib.Path
+        Its ending names the format: ``.png``, ``.svg`` or ``.pdf``.
+    workloads : mapping of str to sequence of shapes
+        What the bars are of.
+    sizes : sequence of int
+        What the lines are over.
+    title : str
+        Stands above the picture.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be written.
+    """
+    # Not pyplot: no window, no global state, the same on a machine without a screen.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    times = fastadam_seconds(session)
+    names = [name for name in workloads if name in times]
+    lengths = [size for size in sizes if str(size) in times]
+    bars = [[m for m in session.measured if m.workload == name] for name in names]
+    height = max(4.5, 1.8 + 0.22 * sum(len(group) + 1.5 for group in bars))
+    panels = bool(names) + bool(lengths)
+    figure = Figure(figsize=(7.0 * max(1, panels), height), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    axes = iter(figure.subplots(1, max(1, panels), squeeze=False)[0])
+    if names:
+        _bars(next(axes), dict(zip(names, bars, strict=True)), times)
+    if lengths:
+        _lines(next(axes), session, lengths, times)
+    handles: dict[str, Any] = {}  # the same colours in both panels: one legend
+    for panel in figure.axes:
+        found, labels = panel.get_legend_handles_labels()
+        handles |= dict(zip(labels, found, strict=True))
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside lower center",
+        ncols=4 * max(1, panels), fontsize="small", frameon=False,
+    )  # fmt: skip
+    figure.savefig(path, dpi=150)
+
+
+def _bars(axes: Any, groups: Mapping[str, Sequence[Any]], times: Mapping[str, float]) -> None:
+    order = list(COLORS)
+    place, ticks, labelled = 0.0, [], set()
+    ratios = [one.ratio for group in groups.values() for one in group]
+    lowest, highest = min(r.q1 for r in ratios), max(r.q3 for r in ratios)
+    for name, group in groups.items():
+        start = place
+        for one in sorted(group, key=lambda one: order.index(one.contender)):
+            ratio, color = one.ratio, COLORS[one.contender]
+            label = None if one.contender in labelled else peers.by_name(one.contender).title
+            labelled.add(one.contender)
+            axes.barh(
+                place, ratio.median - 1, left=1, height=0.85, color=color, label=label, zorder=2
+            )
+            axes.plot([ratio.q1, ratio.q3], [place, place], lw=1, color="#222222", zorder=3)
+            left = ratio.median < 1
+            axes.annotate(
+                format_ratio(ratio.median),
+                (min(ratio.median, ratio.q1) if left else max(ratio.median, ratio.q3), place),
+                (-3 if left else 3, 0),
+                textcoords="offset points",
+                ha="right" if left else "left",
+                va="center",
+                fontsize=7,
+            )
+            place += 1
+        ticks.append(((start + place - 1) / 2, f"{name}\n{format_seconds(times[name])}"))
+        place += 1.5
+    axes.axvline(1, color=COLORS["fastadam"], lw=1.5, zorder=4)
+    axes.set_xscale("log")
+    axes.set_xlim(lowest / 1.7, highest * 1.7)
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axes.set_yticks([at for at, _ in ticks], [text for _, text in ticks])
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
+    axes.set_title("Time of a step; below each name, fastadam's", fontsize="medium")
+    axes.set_xlabel("times as long as fastadam (fastadam = 1, log scale; line: quartiles)")
+    _finish(axes, "x")
+
+
+def _lines(axes: Any, session: Session, sizes: Sequence[int], times: Mapping[str, float]) -> None:
+    seconds = {(one.contender, one.workload): one for one in session.measured}
+    nanoseconds = [times[str(size)] / size * 1e9 for size in sizes]
+    for contender, color in COLORS.items():
+        if contender == "fastadam":
+            xs, ys = list(sizes), nanoseconds
+        else:
+            found = [(size, seconds.get((contender, str(size)))) for size in sizes]
+            xs = [size for size, one in found if one]
+            # By the ratio, and not by its own time: that pair may have had a slow moment.
+            ys = [one.ratio.median * times[str(s)] / s * 1e9 for s, one in found if one]
+        if xs:
+            own = contender == "fastadam"
+            axes.plot(
+                xs, ys, marker="o", ms=4, color=color, lw=2.5 if own else 1.3,
+                ls="--" if contender == "roofline" else "-", zorder=3 if own else 2,
+                label=peers.by_name(contender).title,
+            )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    axes.set_title("One array, from the caches to memory", fontsize="medium")
+    axes.set_xlabel("elements (log scale)")
+    axes.set_ylabel("nanoseconds per element and step (log scale)")
+    _finish(axes, "both")
+
+
+def _finish(axes: Any, grid: Any) -> None:
+    axes.grid(axis=grid, alpha=0.25, zorder=0)
+    for spine in axes.spines.values():
+        spine.set_visible(spine.spine_type in ("left", "bottom"))

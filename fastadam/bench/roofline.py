@@ -1,0 +1,128 @@
+"""The same traffic to memory as a step, and next to no arithmetic: how fast a step could be.
+
+Brings the compiler along: to be imported where it is used.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import numba
+
+from fastadam import _cpu, _jit
+from fastadam._formula import bind
+from fastadam._jit import load, only_if, store
+from fastadam._tables import (
+    CHUNK_OFFSET,
+    CHUNK_SIZE,
+    CHUNK_TENSOR,
+    EMA,
+    EXP_AVG,
+    EXP_AVG_SQ,
+    GRAD,
+    PARAM,
+)
+from fastadam.adam import Adam
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+__all__ = ["Roofline"]
+
+
+class Roofline:
+    """Read and write what a step of Adam must, in the same arrays and the same order.
+
+    Reads param, grad, exp_avg and exp_avg_sq, and writes all but grad; with
+    `tail`, first reads grad once more (for its norm), and also reads and
+    writes an average of param and writes grad. Chunks, threads and the
+    placing of the state are those of a step.
+
+    Parameters
+    ----------
+    params, grads : sequences of ndarray
+        float32 or float64, all alike; written to.
+    tail : bool, default False
+        The traffic of clipping, averaging and zeroing as well.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastadam.bench.roofline import Roofline
+    >>> param = np.ones(3, np.float32)
+    >>> roofline = Roofline([param], [np.full(3, 0.5, np.float32)])
+    >>> roofline.step()
+    >>> param
+    array([1.5, 1.5, 1.5], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        params: Sequence[NDArray[Any]],
+        grads: Sequence[NDArray[Any]],
+        tail: bool = False,
+    ) -> None:
+        # An optimizer for its tables: where everything lies, and how it is cut.
+        self._opt = Adam(list(params), ema_decay=0.5 if tail else None)
+        self._grads = tuple(grads)
+        plan = self._opt._plan
+        plan.take_grads(self._grads, tail)
+        (context,) = plan.contexts
+        move = _kernel(context.dtype, context.parallel, tail)
+        norm, self._arguments = _cpu.sum_call(context, 1.0, context.address)
+        self._kernels = [norm, move] if tail else [move]
+
+    def step(self) -> None:
+        """Pass over memory once; with `tail`, over the gradients twice."""
+        for kernel in self._kernels:
+            kernel(*self._arguments)
+
+
+# Whether there is an average: in `move_chunk`, replaced by True or None.
+AVERAGE = None
+
+
+def move_chunk(chunk: Any, tensors: Any, _: Any, zero: Any) -> Any:
+    """Read and write a chunk; in the place of `_cpu.sum_chunk`, so return a number."""
+    tensor, start = tensors[chunk[CHUNK_TENSOR]], chunk[CHUNK_OFFSET]
+    move_elements(
+        tensor[PARAM] + start,
+        tensor[GRAD] + start,
+        tensor[EXP_AVG] + start,
+        tensor[EXP_AVG_SQ] + start,
+        only_if(AVERAGE, tensor[EMA] + start),
+        chunk[CHUNK_SIZE],
+        zero,
+    )
+    return 0.0
+
+
+@_jit.inline
+def move_elements(
+    param: Any, grad: Any, exp_avg: Any, exp_avg_sq: Any, ema: Any, size: Any, zero: Any
+) -> None:
+    """Add the gradient to everything: the sums neither overflow nor become subnormal."""
+    for i in range(size):
+        g = load(grad, i, zero, GRAD)
+        p = load(param, i, zero, PARAM) + g
+        store(param, i, p, PARAM)
+        store(exp_avg, i, load(exp_avg, i, zero, EXP_AVG) + g, EXP_AVG)
+        store(exp_avg_sq, i, load(exp_avg_sq, i, zero, EXP_AVG_SQ) + g, EXP_AVG_SQ)
+        if ema is not None:
+            store(ema, i, load(ema, i, zero, EMA) + p, EMA)
+            store(grad, i, zero, GRAD)
+
+
+@functools.cache
+def _kernel(dtype: Any, parallel: bool, tail: bool) -> Any:
+    """Make the loop over chunks that sums squares do something else in each.
+
+    Its machine code is not kept: the cache's key does not cover this file.
+    """
+    move = _jit.inline(bind(move_chunk, AVERAGE=True if tail else None))
+    loop = _cpu.sum_parallel if parallel else _cpu.sum_serial
+    function = bind(loop, FLOAT=dtype.type, sum_chunk=move)
+    return numba.njit(parallel=parallel, nogil=parallel, **_jit.FLAGS)(function)

@@ -1,0 +1,183 @@
+"""The child process in which fastadam and one other contender take turns.
+
+``python -m fastadam.bench.worker`` reads a line of JSON, the specification,
+and writes lines of JSON, the events, each with a key ``event``:
+
+``ready``
+    The contender works: ``threads`` by contender (int or None).
+``unavailable``
+    It does not: ``reason``. Nothing follows.
+``start``, ``round``
+    A workload begins; ``done`` of its ``rounds`` are over.
+``result``
+    ``seconds``, ``other_seconds`` per round, ``number``, ``other_number``.
+``skipped``
+    A workload is left out, or has failed: ``reason``.
+``end``
+    All is done.
+
+The specification has the keys ``contender`` (a name), ``workloads`` (a list
+of name and shapes), ``tail``, ``dtype``, ``rounds`` and ``max_memory`` (bytes
+or None). A process whose standard input is closed ends at once: whoever
+started it is gone.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import sys
+import threading
+from typing import TYPE_CHECKING, Any, TextIO
+
+from fastadam.bench import memory, peers
+from fastadam.bench.measure import compare
+from fastadam.bench.workloads import count, draw
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from fastadam.bench.peers import Peer
+
+__all__ = ["needed_bytes", "serve"]
+
+
+def needed_bytes(elements: int, peer: Peer, dtype: str, tail: bool) -> int:
+    """Return what fastadam and a peer need side by side.
+
+    Parameters
+    ----------
+    elements : int
+        Of all parameters.
+    peer : Peer
+        The other contender.
+    dtype : str
+        ``"float32"`` or ``"float64"``.
+    tail : bool
+        Whether both average as well.
+
+    Returns
+    -------
+    int
+        Bytes: the arrays of both, and the values they start from.
+
+    Examples
+    --------
+    >>> from fastadam.bench.peers import by_name
+    >>> from fastadam.bench.worker import needed_bytes
+    >>> needed_bytes(1_000, by_name("torch-fused"), "float32", tail=False)
+    40000
+    """
+    both = [p.tail_arrays if tail else p.arrays for p in (peers.FASTADAM, peer)]
+    return (2 + sum(both)) * elements * (8 if dtype == "float64" else 4)
+
+
+def serve(spec: Mapping[str, Any], emit: Callable[..., None]) -> None:
+    """Compare on every workload of a specification.
+
+    Parameters
+    ----------
+    spec : mapping
+        As described above.
+    emit : callable
+        ``emit(event, **content)`` passes an event on.
+    """
+    peer, tail, dtype = peers.by_name(spec["contender"]), spec["tail"], spec["dtype"]
+    try:
+        # Imports, builds and compiles what there is to, and shows whether it works at all.
+        both = [_try(contender, dtype, tail) for contender in (peers.FASTADAM, peer)]
+    except Exception as error:
+        emit("unavailable", reason=describe(error))
+        return
+    emit("ready", threads={"fastadam": both[0], peer.name: both[1]})
+    for name, shapes in spec["workloads"]:
+        emit("start", workload=name)
+        needed = needed_bytes(count(shapes), peer, dtype, tail)
+        reason = too_large(needed, spec["max_memory"])
+        if reason is None:
+            try:
+                _compare(name, shapes, spec, peer, emit)
+            except Exception as error:
+                reason = describe(error)
+        if reason is not None:
+            emit("skipped", workload=name, reason=reason)
+        gc.collect()
+    emit("end")
+
+
+def too_large(needed: int, limit: int | None) -> str | None:
+    """Return why a workload does not fit, None if it does."""
+    if limit is not None and needed > limit:
+        return f"needs {memory.format_bytes(needed)}, --max-memory is {memory.format_bytes(limit)}"
+    free = memory.available()
+    # A tenth for what comes with the arrays: libraries, threads, the system's tables.
+    if free is not None and needed > 0.9 * free:
+        return f"needs {memory.format_bytes(needed)}, available are {memory.format_bytes(free)}"
+    return None
+
+
+def _try(peer: Peer, dtype: str, tail: bool) -> int | None:
+    params, grads = draw([(8, 8), (8,)], dtype)
+    contender = peer.make(params, grads, tail)
+    contender.step()
+    contender.wait()
+    return contender.threads()
+
+
+def _compare(
+    name: str, shapes: Any, spec: Mapping[str, Any], peer: Peer, emit: Callable[..., None]
+) -> None:
+    params, grads = draw([tuple(shape) for shape in shapes], spec["dtype"])
+    both = [p.make(params, grads, spec["tail"]) for p in (peers.FASTADAM, peer)]
+    del params
+    refill = any(contender.clears_grads for contender in both)
+    found = compare(
+        *both,
+        rounds=spec["rounds"],
+        refill=refill,
+        on_round=lambda done, rounds: emit("round", workload=name, done=done, rounds=rounds),
+    )
+    emit("result", workload=name, **found._asdict())
+
+
+def describe(error: BaseException) -> str:
+    """Return an error and its causes in one line."""
+    parts: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None and len(parts) < 3:
+        lines = str(cause).split("\n")
+        text = " ".join(next((line for line in lines if line.strip()), "").split())
+        parts.append(f"{type(cause).__name__}: {text}"[:200])
+        cause = cause.__cause__
+    return "; because of ".join(parts)
+
+
+def _end_with_parent(stdin: TextIO) -> None:
+    """End this process and those it started when the other end of stdin is closed."""
+    stdin.read()
+    if hasattr(os, "killpg") and os.getpgid(0) == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
+
+
+def _main() -> None:
+    # Events have a stream of their own: what libraries print, ninja among them, goes to stderr.
+    events = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    spec = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, args=(sys.stdin,), daemon=True).start()
+
+    def emit(event: str, **content: Any) -> None:
+        events.write(json.dumps({"event": event, **content}) + "\n")
+        events.flush()
+
+    serve(spec, emit)
+    events.close()
+    sys.stderr.flush()
+    os._exit(0)  # at once: not all libraries survive an orderly end beside a blocked thread
+
+
+if __name__ == "__main__":
+    _main()
