@@ -42,9 +42,9 @@ def test_a_commit_without_the_bench_is_skipped(benchmarks, monkeypatch):
     common = benchmarks("common")
     monkeypatch.setattr(common, "workloads", None)
     monkeypatch.setattr(common, "peers", None)
-    with pytest.raises(NotImplementedError, match="no fastadam.bench"):
+    with pytest.raises(NotImplementedError, match=r"no fastadam\.bench"):
         common.shapes_of("micro")
-    with pytest.raises(NotImplementedError, match="no fastadam.bench"):
+    with pytest.raises(NotImplementedError, match=r"no fastadam\.bench"):
         common.make("fastadam", [(3,)])
 
 
