@@ -1,5 +1,6 @@
 """Whose array is this, and is it usable: checks, one array at a time."""
 
+import ctypes
 from typing import Any
 
 import numpy as np
@@ -87,3 +88,16 @@ def _check_layout(array: npt.NDArray[Any], label: str) -> None:
 def address(array: npt.NDArray[Any] | None) -> int:
     """Return where the array's first element lies, 0 for None."""
     return 0 if array is None else array.ctypes.data
+
+
+# PyArray_Descr: PyObject_HEAD, type object; then kind, type, byte order (char each), one byte
+# that floats have no use for, type number (int). The same in every NumPy.
+DTYPE_MARK_OFFSET = object.__basicsize__ + 8
+
+
+def dtype_mark(dtype: np.dtype[Any]) -> int:
+    """Return the eight bytes by which NumPy tells one plain dtype from another.
+
+    Two objects may stand for one dtype: unpickling makes another.
+    """
+    return ctypes.c_int64.from_address(id(dtype) + DTYPE_MARK_OFFSET).value

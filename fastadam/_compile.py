@@ -44,11 +44,12 @@ def compile(  # noqa: A001
         opt = opt.optimizer
     if not isinstance(opt, Adam):
         raise TypeError(f"opt must be an optimizer of fastadam's, got {type(opt).__qualname__}")
-    calls = opt._rehearsals()
+    plan, calls = opt._rehearsals()
     for done, (kernel, arguments) in enumerate(_with_bar(calls) if progress is True else calls, 1):
         kernel(*arguments)
         if callable(progress):
             progress(done, len(calls))
+    del plan  # until here, since the calls hold addresses of its tables
 
 
 def _with_bar(calls: list[Any]) -> Iterable[Any]:

@@ -13,7 +13,7 @@ class FixedSequence(tuple[Any, ...]):
     __slots__ = ()
 
     def __setitem__(self, place: Any, value: Any) -> None:
-        check_same(self[place], value, f"[{place!r}]")
+        check_same(self[place], value, f"entry {place!r}")
 
 
 class FixedMapping(Mapping[str, Any]):
@@ -26,7 +26,7 @@ class FixedMapping(Mapping[str, Any]):
         return self._arrays[name]
 
     def __setitem__(self, name: str, value: Any) -> None:
-        check_same(self._arrays[name], value, f"[{name!r}]")
+        check_same(self._arrays[name], value, f"entry {name!r}")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._arrays)
@@ -48,8 +48,8 @@ def check_same(array: Any, value: Any, label: str) -> None:
     """
     if value is not array:
         raise TypeError(
-            f"{label} must stay the array it is, got {type(value).__qualname__}; write into it:"
-            f" {label}[...] = value"
+            f"{label} must stay the object it is, got {type(value).__qualname__}; to change an"
+            f" array, write into it, as in array[...] = values"
         )
 
 

@@ -4,10 +4,10 @@ import functools
 from typing import Any
 
 import numpy as np
-from numba import get_num_threads, prange
+from numba import prange
 
 from . import _formula, _jit, _reader
-from ._jit import fetch_add, load, only_if, store, sum_squares, table
+from ._jit import fetch_add, load, only_if, store, sum_squares, table, thread_count
 from ._tables import (
     CHUNK_COLUMNS,
     CHUNK_COUNT,
@@ -39,7 +39,7 @@ from ._tables import (
     TENSOR_COLUMNS,
     TENSOR_COUNT,
     TENSORS,
-    Context,
+    THREADS,
 )
 
 # Starting the threads costs some 2 to 3 microseconds, what one thread needs for
@@ -165,15 +165,17 @@ def add_up(sums: Any) -> Any:
 
 
 @_jit.inline
-def share_out(fields: Any, workers: Any) -> None:
-    """Give every worker an equal run of chunks.
+def share_out(fields: Any) -> Any:
+    """Give every worker an equal run of chunks; return how many workers there are.
 
     The runs are the same in every step: a worker finds its own chunks in its
     caches, and in the memory near it, since it was the first to touch them.
     """
+    workers = min(thread_count(), fields[THREADS])
     cursors = table(fields[CURSORS], workers, CURSOR_BYTES // 8, _INT64)
     for w in range(workers):
         cursors[w, 0] = fields[CHUNK_COUNT] * w // workers
+    return workers
 
 
 @_jit.inline
@@ -201,12 +203,12 @@ def update_serial(context: Any, grads: Any) -> Any:
     return count[0, 0]
 
 
-def update_parallel(context: Any, workers: Any) -> Any:
+def update_parallel(context: Any) -> Any:
     """Take one step in several threads, the table having the gradients' addresses already."""
     fields, tensors, chunks = read(context)
     scalars = table(fields[ROWS], tensors.shape[0], SCALARS, FLOAT(0))
     prepare(fields, tensors, scalars)
-    share_out(fields, workers)
+    workers = share_out(fields)
     for w in prange(workers):
         # Its own run, then what others have left: none waits for one that was held up.
         for k in range(workers):
@@ -229,11 +231,11 @@ def sum_serial(context: Any, scale: Any) -> Any:
     return add_up(sums)
 
 
-def sum_parallel(context: Any, scale: Any, workers: Any) -> Any:
+def sum_parallel(context: Any, scale: Any) -> Any:
     """Do the same in several threads: the terms are the same, and their order."""
     fields, tensors, chunks = read(context)
     sums = table(fields[SUMS], 1, chunks.shape[0], _FLOAT64)[0]
-    share_out(fields, workers)
+    workers = share_out(fields)
     for w in prange(workers):
         for k in range(workers):
             owner = (w + k) % workers
@@ -273,18 +275,3 @@ def sum_kernel(dtype: np.dtype[Any], *, parallel: bool) -> Any:
     return _jit.kernel(
         sum_parallel if parallel else sum_serial, parallel=parallel, FLOAT=dtype.type
     )
-
-
-def update_call(context: Context, kernel: Any, where: int) -> tuple[Any, tuple[int, int]]:
-    """Return a kernel with its arguments, the gradients' addresses being in the table."""
-    return kernel, (where, _workers(context) if context.parallel else 0)
-
-
-def sum_call(context: Context, scale: float, where: int) -> tuple[Any, tuple[Any, ...]]:
-    """Return the kernel that sums squares, with its arguments."""
-    kernel = sum_kernel(context.dtype, parallel=context.parallel)
-    return kernel, (where, scale, *([_workers(context)] if context.parallel else []))
-
-
-def _workers(context: Context) -> int:
-    return min(int(get_num_threads()), context.threads)

@@ -1,7 +1,7 @@
 """Groups of parameters: what the user gave, read, checked and named."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,13 +23,22 @@ class ParamGroup(dict[str, Any]):
 
     touched = True
 
-    def __setitem__(self, key: str, value: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._write(super().__init__, *args, **kwargs)
+
+    def _write(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        # Afterwards too: a step may come in between, and one must not be missed.
         self.touched = True
-        super().__setitem__(key, value)
+        try:
+            return method(*args, **kwargs)
+        finally:
+            self.touched = True
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._write(super().__setitem__, key, value)
 
     def __delitem__(self, key: str) -> None:
-        self.touched = True
-        super().__delitem__(key)
+        self._write(super().__delitem__, key)
 
     def __ior__(self, other: Any) -> "ParamGroup":  # type: ignore[override,misc]
         self.update(other)
@@ -37,28 +46,24 @@ class ParamGroup(dict[str, Any]):
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         """As dict."""
-        self.touched = True
-        super().update(*args, **kwargs)
+        self._write(super().update, *args, **kwargs)
 
     def setdefault(self, key: str, default: Any = None) -> Any:
         """As dict."""
-        self.touched = True
-        return super().setdefault(key, default)
+        return self._write(super().setdefault, key, default)
 
     def pop(self, *args: Any) -> Any:
         """As dict."""
-        self.touched = True
-        return super().pop(*args)
+        return self._write(super().pop, *args)
 
     def popitem(self) -> tuple[str, Any]:
         """As dict."""
-        self.touched = True
-        return super().popitem()
+        item: tuple[str, Any] = self._write(super().popitem)
+        return item
 
     def clear(self) -> None:
         """As dict."""
-        self.touched = True
-        super().clear()
+        self._write(super().clear)
 
 
 class Groups:

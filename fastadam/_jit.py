@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import carray, config, njit, types
+from numba import carray, config, get_num_threads, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -40,6 +40,8 @@ def kernel(function: Callable[..., Any], *, parallel: bool = False, **constants:
     """
     if config.DISABLE_JIT:
         return _refuse
+    if parallel:
+        get_num_threads()  # launches them, without which `thread_count` has nothing to call
     bound = bind(function, **constants)
     dispatcher = njit(parallel=parallel, nogil=parallel, **FLAGS)(bound)
     with contextlib.suppress(RuntimeError, OSError):  # no folder: each process compiles
@@ -163,6 +165,24 @@ def fetch_add(typing_context: Any, address: Any, number: Any) -> Any:
         return builder.atomic_rmw("add", pointer, args[1], "monotonic")
 
     return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def thread_count(typing_context: Any) -> Any:
+    """Return how many threads a parallel loop of this thread's may use.
+
+    What `numba.get_num_threads` asks, by the name by which Numba's own parallel
+    loops ask it: the public function costs a microsecond from Python, and in a
+    kernel keeps it from being cached.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        integer = context.get_value_type(types.intp)
+        kind = ir.FunctionType(integer, [])
+        count = cgutils.get_or_insert_function(builder.module, kind, "get_num_threads")
+        return builder.call(count, [])
+
+    return types.intp(), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]

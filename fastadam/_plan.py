@@ -10,11 +10,11 @@ import numpy.typing as npt
 from numba import config
 
 from . import _cpu, _reader
-from ._arrays import address, check_grad, check_param
+from ._arrays import address, check_grad, check_param, dtype_mark
 from ._memory import Memory
 from ._state import ParamState
 from ._tables import (
-    DESCR,
+    DTYPE_MARK,
     GRAD,
     GROUP_COUNT,
     GROUPS,
@@ -75,9 +75,8 @@ class Plan:
         self._memory = Memory([label for label, _ in arrays], starts, sizes)
         # NumPy refuses to resize, and so to move, an array that has a weak reference.
         self._pins = [weakref.ref(array) for _, array in arrays]
-        self._dtypes = [state.param.dtype for state in states]  # keeps their ids their own
 
-        dtypes = list(dict.fromkeys(self._dtypes))
+        dtypes = list(dict.fromkeys(state.param.dtype for state in states))
         self._tensors = tensor_table(states, dtypes)
         self._groups = groups
         self.steps = steps
@@ -105,6 +104,8 @@ class Plan:
             )
             for k, dtype in enumerate(dtypes)
         ]
+        # What the kernels are called with, the gradients' addresses being in the table.
+        self._calls = [(each.address, *([] if each.parallel else [0])) for each in self.contexts]
         self._context = self.contexts[0].address if self.contexts else 0
         self._reads = bool(self.contexts) and _reader.works()
         self._in_one_call = self._reads and [each.parallel for each in self.contexts] == [False]
@@ -183,10 +184,11 @@ class Plan:
         for k, (state, label) in enumerate(zip(self._states, self._labels, strict=True)):
             param, row = state.param, self._tensors[k]
             check_param(param, state.label)
-            if (address(param), id(param.dtype)) != (row[PARAM], row[DESCR]):
+            now = address(param), param.shape, dtype_mark(param.dtype)
+            if now != (row[PARAM], state.exp_avg.shape, row[DTYPE_MARK]):
                 raise ValueError(
-                    f"{state.label} must keep the memory and the dtype that it had when the"
-                    f" optimizer was made"
+                    f"{state.label} must keep the memory, the shape and the dtype that it had"
+                    f" when the optimizer was made"
                 )
             grad = grads[k]
             if isinstance(grad, np.generic):  # what arithmetic on 0-d arrays gives
@@ -200,24 +202,20 @@ class Plan:
 
     def update(self, zero_grad: bool) -> int:
         """Take the step with the gradients that were taken last; return its number, from 0."""
-        calls = [
-            _cpu.update_call(context, kernel, context.address)
-            for context, kernel in zip(self.contexts, self.kernels(zero_grad), strict=True)
-        ]
-        if len(calls) == 1:
-            ((kernel, arguments),) = calls
-            return kernel(*arguments) - 1  # type: ignore[no-any-return]
-        if not calls:
+        kernels = self.kernels(zero_grad)
+        if len(kernels) == 1:
+            return kernels[0](*self._calls[0]) - 1  # type: ignore[no-any-return]
+        if not kernels:
             self.step_count += 1
         else:
             # What can fail, compiling and starting threads, must do so before the first write.
             if zero_grad not in self._tried:
-                for kernel, rehearsal in self.rehearsals(zero_grad, norm=False):
-                    kernel(*rehearsal)
+                for kernel, arguments in self.rehearsals(zero_grad, norm=False):
+                    kernel(*arguments)
                 self._tried.add(zero_grad)
             # Two dtypes are all there are. A signal is acted on after a call returns,
             # and nothing of Python's lies between the first return and the second call.
-            (kernel, arguments), (second_kernel, second_arguments) = calls
+            (kernel, second_kernel), (arguments, second_arguments) = kernels, self._calls
             try:
                 kernel(*arguments)
             finally:
@@ -228,39 +226,40 @@ class Plan:
         """Set gradients to 0, and leave all else."""
         for grad in grads:
             if grad is not None:
-                grad[...] = 0
+                np.asarray(grad)[...] = 0
 
     def rehearsals(self, zero_grad: bool, *, norm: bool) -> list[tuple[Any, tuple[Any, ...]]]:
         """Return calls of the kernels that a step makes, each on nothing: to compile them."""
         calls: list[tuple[Any, tuple[Any, ...]]] = []
         for context, kernel in zip(self.contexts, self.kernels(zero_grad), strict=True):
             if norm:
-                calls.append(_cpu.sum_call(context, 1.0, context.nothing))
-            calls.append(_cpu.update_call(context, kernel, context.nothing))
+                sum_kernel = _cpu.sum_kernel(context.dtype, parallel=context.parallel)
+                calls.append((sum_kernel, (context.nothing, 1.0)))
+            calls.append((kernel, (context.nothing, *([] if context.parallel else [0]))))
         if self._reads and not zero_grad and (norm or not self._in_one_call):
             calls.insert(0, (_cpu.look_kernel, (self.contexts[0].nothing, 0, zero_grad)))
         return calls
 
-    def norm(self, grads: tuple[Any, ...]) -> float:
-        """Return the global norm of the gradients that were taken last.
+    def norm(self, grads: tuple[Any, ...], factor: float) -> float:
+        """Return the global norm of the gradients that were taken last, times a factor > 0.
 
         The same bits on any number of threads. NaN or infinite where an
         element is, or where it is beyond float64.
         """
         total = self._sum_squares(1.0)
         if _SMALL < total < _LARGE:
-            return math.sqrt(total)
-        present = [grad for grad in grads if grad is not None and grad.size]
+            return math.sqrt(total) * factor
+        present = [np.asarray(grad) for grad in grads if grad is not None and grad.size]
         largest = float(np.max([np.max(np.abs(grad)) for grad in present], initial=0.0))
         if largest == 0.0 or not math.isfinite(largest):
             return largest
         # Squares that would be infinite, or subnormal: a power of 2 takes no digit away.
         scale = math.ldexp(1.0, min(-math.frexp(largest)[1], 1000))
-        return math.sqrt(self._sum_squares(scale)) / scale
+        return math.sqrt(self._sum_squares(scale)) * factor / scale
 
     def _sum_squares(self, scale: float) -> float:
         total = 0.0
         for context in self.contexts:
-            kernel, arguments = _cpu.sum_call(context, scale, context.address)
-            total += kernel(*arguments)
+            kernel = _cpu.sum_kernel(context.dtype, parallel=context.parallel)
+            total += kernel(context.address, scale)
         return total

@@ -9,19 +9,22 @@ stale. Whatever it does not find as expected is left to the checks in Python.
 
 import ctypes
 import functools
+import pickle
 from typing import Any
 
 import numpy as np
 
 from . import _jit
+from ._arrays import DTYPE_MARK_OFFSET, dtype_mark
 from ._jit import peek, table
 from ._tables import (
     BYTES,
     CONTEXT_SIZE,
-    DESCR,
+    DTYPE_MARK,
     END,
     FOUND,
     GRAD,
+    MODEL,
     NDARRAY,
     NONE,
     OBJECT,
@@ -48,19 +51,19 @@ _INT64, _INT32 = np.int64(0), np.int32(0)
 
 
 @_jit.inline
-def pairs(param: Any, grad: Any, row: Any, writable: Any) -> Any:
-    """Whether two arrays at ``id()`` are of one dtype, shape and layout, and may be written."""
-    param_flags = peek(param + _FLAGS, _INT32)
-    order = _C if param_flags & _C else _F
+def fits(array: Any, row: Any, writable: Any) -> Any:
+    """Whether an array at ``id()`` is of its parameter's dtype, shape and layout."""
+    model = row[MODEL]
+    order = _C if peek(model + _FLAGS, _INT32) & _C else _F
     needed = order | _ALIGNED | (_WRITEABLE if writable else 0)
-    ndim = peek(param + _NDIM, _INT32)
+    ndim = peek(model + _NDIM, _INT32)
     if (
-        peek(grad + _FLAGS, _INT32) & needed != needed
-        or peek(grad + _DESCR, _INT64) != row[DESCR]
-        or peek(grad + _NDIM, _INT32) != ndim
+        peek(array + _FLAGS, _INT32) & needed != needed
+        or peek(peek(array + _DESCR, _INT64) + DTYPE_MARK_OFFSET, _INT64) != row[DTYPE_MARK]
+        or peek(array + _NDIM, _INT32) != ndim
     ):
         return False
-    wanted, given = peek(param + _DIMENSIONS, _INT64), peek(grad + _DIMENSIONS, _INT64)
+    wanted, given = peek(model + _DIMENSIONS, _INT64), peek(array + _DIMENSIONS, _INT64)
     for axis in range(ndim):
         if peek(wanted + 8 * axis, _INT64) != peek(given + 8 * axis, _INT64):
             return False
@@ -133,18 +136,12 @@ def look(context: Any, grads: Any, writable: Any) -> Any:
     for t in range(tensors.shape[0]):
         row = tensors[t]
         param, grad, start = row[OBJECT], peek(grads + _ITEMS + 8 * t, _INT64), 0
-        flags, needed = peek(param + _FLAGS, _INT32), _ALIGNED | _WRITEABLE
-        if (
-            flags & needed != needed
-            or flags & (_C | _F) == 0
-            or peek(param + _DATA, _INT64) != row[PARAM]
-            or peek(param + _DESCR, _INT64) != row[DESCR]
-        ):
+        if peek(param + _DATA, _INT64) != row[PARAM] or not fits(param, row, True):
             return False
         if grad != fields[NONE]:
             if peek(grad + _TYPE, _INT64) != fields[NDARRAY]:
                 return False
-            if not pairs(param, grad, row, writable):
+            if not fits(grad, row, writable):
                 return False
             start = peek(grad + _DATA, _INT64)
         row[FOUND] = start
@@ -169,6 +166,11 @@ def works() -> bool:
     samples = (np.zeros(()), np.zeros(4), square, square.T, square[:, :1], locked)
     if _peek(id(samples) + _ITEMS + 8) != id(samples[1]):
         return False
+    # Other objects for a dtype, and another byte order.
+    single = np.dtype(np.float32)
+    same, other = pickle.loads(pickle.dumps(single)), single.newbyteorder()  # noqa: S301
+    if dtype_mark(same) != dtype_mark(single) or dtype_mark(other) == dtype_mark(single):
+        return False
     for array in samples:
         dimensions = _peek(id(array) + _DIMENSIONS)
         shape = tuple(_peek(dimensions + 8 * axis) for axis in range(array.ndim))
@@ -178,7 +180,7 @@ def works() -> bool:
             _peek(id(array) + _DATA),
             _peek(id(array) + _NDIM) & 0xFFFFFFFF,
             shape,
-            _peek(id(array) + _DESCR),
+            _peek(_peek(id(array) + _DESCR) + DTYPE_MARK_OFFSET),
             flags,
         )
         expected = (
@@ -186,7 +188,7 @@ def works() -> bool:
             array.ctypes.data,
             array.ndim,
             array.shape,
-            id(array.dtype),
+            dtype_mark(array.dtype),
             array.flags.num & (_C | _F | _ALIGNED | _WRITEABLE),
         )
         if found != expected:

@@ -40,9 +40,12 @@ class Scalars:
         # What every dtype holds, a gradient's norm at least.
         self.largest = min(self._largest, default=np.inf)
         self._tiny = max(_limits("tiny", set().union(*self._dtypes)), default=0.0)
+        self._lrs, self._signs = [0.0] * len(self._options), [1.0] * len(self._options)
         # What the rows were last made for: factor on lr, factor on the gradients.
         self._made_for: tuple[float, float] | None = None
         self._lr = 0.0
+        # 1/grad_scale, of the step for which the rows were last refreshed.
+        self.inverse = 1.0
 
     def refresh(
         self,
@@ -64,7 +67,8 @@ class Scalars:
             step = int(step_count[0])
             factor = _options.real(schedule(step), f"schedule({step})")
         if type(grad_scale) is not float or grad_scale != 1.0:
-            inverse = self.invert(grad_scale)
+            inverse = self._invert(grad_scale)
+        self.inverse = inverse
         for options in self._options:
             if options.touched:
                 self._made_for = None
@@ -76,15 +80,20 @@ class Scalars:
         self._made_for = None  # until the rows are whole
         for k, options in enumerate(self._options):
             if options.touched:
-                self._read(k, options)
-            lr = options["lr"] * factor
+                options.touched = False  # first, so that a write from now on is not missed
+                try:
+                    self._read(k, options)
+                except BaseException:
+                    options.touched = True
+                    raise
+            lr = self._lrs[k] * factor
             if not lr <= self._largest_lr[k]:
                 raise ValueError(
                     f"lr * schedule({step}) must not exceed {self._largest_lr[k]:.4g}, where"
                     f" steps become infinite in the parameters' dtype, got {lr!r}"
                 )
             self.rows[k, LR] = lr
-            self.rows[k, GRAD_FACTOR] = -inverse if options["maximize"] else inverse
+            self.rows[k, GRAD_FACTOR] = inverse * self._signs[k]
         self._lr = float(self.rows[0, LR]) if self._options else 0.0
         self._made_for = factor, inverse
 
@@ -107,16 +116,17 @@ class Scalars:
         for dtype in self._dtypes[k]:
             _options.check_fits(checked, dtype, label)
         decay, decoupled = checked["weight_decay"], checked["decoupled_weight_decay"]
+        self._lrs[k], self._signs[k] = checked["lr"], -1.0 if checked["maximize"] else 1.0
         row = self.rows[k]
         row[BETA1], row[BETA2] = checked["betas"]
         row[EPS] = checked["eps"]
         row[L2], row[WEIGHT_DECAY] = (0.0, decay) if decoupled else (decay, 0.0)
         # step_size is at most lr/(1-beta1), and 1-decay is lr*weight_decay.
         self._largest_lr[k] = self._largest[k] * (1.0 - row[BETA1]) / max(1.0, row[WEIGHT_DECAY])
-        options.update(checked)
-        options.touched = False
+        if type(options["betas"]) is not tuple:  # a list could change unnoticed
+            options["betas"] = checked["betas"]
 
-    def invert(self, grad_scale: float) -> float:
+    def _invert(self, grad_scale: float) -> float:
         """Return what the gradients are multiplied by, or raise."""
         inverse = 1.0 / _options.real(grad_scale, "grad_scale", open_low=True)
         if not self._tiny <= inverse <= self.largest:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ._arrays import address
+from ._arrays import address, dtype_mark
 from ._state import ParamState
 
 Integers = npt.NDArray[np.int64]
@@ -14,10 +14,10 @@ Integers = npt.NDArray[np.int64]
 PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, EMA = range(6)
 # Elements; the group; the dtype, a place in `DTYPES`; steps so far; the row of scalars.
 SIZE, GROUP, DTYPE, STEP, ROW = range(6, 11)
-# id() of the parameter and of its dtype; bytes; of the gradients that are looked at,
-# the address, and the order of the addresses.
-OBJECT, DESCR, BYTES, FOUND, ORDER = range(11, 16)
-TENSOR_COLUMNS = 16
+# id() of the parameter, and of an array of ours that has its shape; what NumPy says of its
+# dtype; bytes; of the gradients that are looked at, the address, and the order of those.
+OBJECT, MODEL, DTYPE_MARK, BYTES, FOUND, ORDER = range(11, 17)
+TENSOR_COLUMNS = 17
 
 # The columns of a table of chunks: which tensor, bytes from its start, elements.
 CHUNK_TENSOR, CHUNK_OFFSET, CHUNK_SIZE = range(3)
@@ -50,8 +50,9 @@ START, END = range(2)
     SUMS,
     CURSORS,
     OWN_DTYPE,
-) = range(15)
-CONTEXT_SIZE = 15
+    THREADS,
+) = range(16)
+CONTEXT_SIZE = 16
 
 # A counter to a thread, each in a cache line of its own.
 CURSOR_BYTES = 64
@@ -70,7 +71,8 @@ def tensor_table(
         row[EMA] = address(state.ema)
         row[SIZE], row[GROUP] = state.param.size, state.group
         row[DTYPE] = dtypes.index(state.param.dtype)
-        row[OBJECT], row[DESCR] = id(state.param), id(state.param.dtype)
+        row[OBJECT], row[MODEL] = id(state.param), id(state.exp_avg)
+        row[DTYPE_MARK] = dtype_mark(state.param.dtype)
         row[BYTES] = state.param.nbytes
     tensors[:, ORDER] = np.arange(len(states))
     return tensors
@@ -117,7 +119,7 @@ class Context:
         threads: int,
         serial_below: int,
     ) -> None:
-        self.dtype, self.threads = dtype, threads
+        self.dtype = dtype
         members = np.flatnonzero(tensors[:, DTYPE] == own_dtype)
         sizes = tensors[members, SIZE]
         self.parallel = int(sizes.sum()) >= serial_below
@@ -132,7 +134,7 @@ class Context:
         self.fields[CHUNKS], self.fields[CHUNK_COUNT] = address(self.chunks), len(self.chunks)
         self.fields[ROWS], self.fields[SUMS] = address(self._rows), address(self._sums)
         self.fields[CURSORS], self.fields[OWN_DTYPE] = address(self._cursors), own_dtype
-        self.fields[STEP_COUNT] = address(step_count)
+        self.fields[STEP_COUNT], self.fields[THREADS] = address(step_count), threads
         self.address = address(self.fields)
         # The same without a tensor or a chunk, to call a kernel on, even during a step: what
         # the kernel writes to is not the same.

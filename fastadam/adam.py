@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _options
-from ._containers import check_same
+from ._containers import FixedSequence, check_same
 from ._groups import Groups, describe
 from ._scalars import Scalars
 from ._state import allocate, export_state, import_state
@@ -100,8 +100,8 @@ class Adam:
         raise `FloatingPointError`.
     ema_decay : float, optional
         Keep an exponential moving average of the parameters in `ema_params`,
-        which each step makes ``ema_decay * average + (1-ema_decay) * param``;
-        in [0, 1). It begins as a copy of the parameters as given.
+        to which each step adds ``(1-ema_decay) * (param-average)``; in [0, 1).
+        It begins as a copy of the parameters as given.
 
     Raises
     ------
@@ -277,41 +277,43 @@ class Adam:
                 return StepResult(plan.step(flat, zero_grad), lr)
 
             flat = plan.take_grads(flat, zero_grad)
-            inverse = 1.0 if grad_scale == 1.0 else self._scalars.invert(grad_scale)
-            norm = plan.norm(flat) * inverse
-            if self._nonfinite != "propagate" and not self._is_finite(flat, norm, inverse):
+            norm = plan.norm(flat, self._scalars.inverse)
+            if self._nonfinite != "propagate" and not self._is_finite(flat, norm):
                 if zero_grad:
                     plan.zero_grads(flat)
                 return StepResult(self.step_count, lr, norm, skipped=True)
             self._scalars.clip(clip_coefficient(norm, self._max_grad_norm))
             return StepResult(plan.update(zero_grad), lr, norm)
 
-    def _rehearsals(self) -> list[tuple[Any, tuple[Any, ...]]]:
-        """Return calls of all kernels that `step` may need, each on nothing."""
+    def _rehearsals(self) -> tuple[Any, list[tuple[Any, tuple[Any, ...]]]]:
+        """Return calls of all kernels that `step` may need, each on nothing, and who keeps it."""
+        plan = self._plan
         norm = self._max_grad_norm is not None or self._nonfinite != "propagate"
-        zeroing = self._plan.rehearsals(True, norm=False)
-        return self._plan.rehearsals(False, norm=norm) + zeroing
+        return plan, plan.rehearsals(False, norm=norm) + plan.rehearsals(True, norm=False)
 
     def _take_own_grads(self) -> tuple[Any, ...]:
         if self._grads is None:
             raise ValueError("grads must be given, or opt.grads be filled before, got neither")
         return self._own_grads
 
-    def _is_finite(self, flat: tuple[Any, ...], norm: float, inverse: float) -> bool:
+    def _is_finite(self, flat: tuple[Any, ...], norm: float) -> bool:
         """Whether every gradient is finite; raise if that was asked for."""
         # As a rule the norm tells. Where it does not, elements are looked at.
         if norm <= self._scalars.largest:
             return True
         for grad, label in zip(flat, self._groups.labels, strict=True):
             if grad is not None:
+                inverse = grad.dtype.type(self._scalars.inverse)
                 with np.errstate(over="ignore", invalid="ignore"):
-                    good = np.isfinite(grad * grad.dtype.type(inverse))
+                    unscaled = np.asarray(grad) * inverse
+                good = np.isfinite(unscaled)
                 if not good.all():
                     if self._nonfinite == "raise":
                         place = np.unravel_index(int(np.argmin(good)), good.shape)
                         where = f"[{', '.join(map(str, place))}]" if place else ""
                         raise FloatingPointError(
-                            f"{label} must be finite, got {grad[place]!r} at {label}{where}"
+                            f"{label} must be finite, divided by grad_scale, got"
+                            f" {unscaled[place]!r} at {label}{where}"
                         )
                     return False
         return True
@@ -341,15 +343,18 @@ class Adam:
         >>> opt.grads["w"]
         array([0., 0.])
         """
-        if self._grads is None:
+        grads = self._grads
+        if grads is None:
             with take_turn(self._lock):
-                flat = tuple(allocate([state.param for state in self._groups.states]))
-                self._own_grads, self._grads = flat, self._groups.wrap(flat)
-        return self._grads
+                if self._grads is None:  # another thread may have been first
+                    flat = tuple(allocate([state.param for state in self._groups.states]))
+                    self._own_grads, self._grads = flat, self._groups.wrap(flat)
+                grads = self._grads
+        return grads
 
     @grads.setter
     def grads(self, grads: Any) -> None:
-        check_same(self.grads, grads, "grads")
+        check_same(self._grads, grads, "grads")
 
     @property
     def ema_params(self) -> Any:
@@ -441,7 +446,7 @@ class Adam:
     @property
     def param_groups(self) -> tuple[dict[str, Any], ...]:
         """The groups' hyperparameters; what is changed here holds from the next step on."""
-        return tuple(self._groups.options)
+        return FixedSequence(self._groups.options)
 
     @property
     def state(self) -> dict[int | str, dict[str, Any]]:
@@ -453,7 +458,7 @@ class Adam:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a copy of the state: all that a later run needs but params and schedule.
+        """Return a copy of the state: what the constructor's arguments do not say.
 
         Returns
         -------

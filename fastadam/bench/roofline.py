@@ -72,13 +72,14 @@ class Roofline:
         plan.take_grads(self._grads, tail)
         (context,) = plan.contexts
         move = _kernel(context.dtype, context.parallel, tail)
-        norm, self._arguments = _cpu.sum_call(context, 1.0, context.address)
+        norm = _cpu.sum_kernel(context.dtype, parallel=context.parallel)
+        self._address = context.address
         self._kernels = [norm, move] if tail else [move]
 
     def step(self) -> None:
         """Pass over memory once; with `tail`, over the gradients twice."""
         for kernel in self._kernels:
-            kernel(*self._arguments)
+            kernel(self._address, 1.0)
 
 
 # Whether there is an average: in `move_chunk`, replaced by True or None.

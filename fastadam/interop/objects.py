@@ -169,6 +169,24 @@ class ObjectAdam:
         self.optimizer.schedule = schedule
 
     @property
+    def max_grad_norm(self) -> float | None:
+        """As `Adam.max_grad_norm`; can be set."""
+        return self.optimizer.max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, max_grad_norm: float | None) -> None:
+        self.optimizer.max_grad_norm = max_grad_norm
+
+    @property
+    def nonfinite(self) -> str:
+        """As `Adam.nonfinite`; can be set."""
+        return self.optimizer.nonfinite
+
+    @nonfinite.setter
+    def nonfinite(self, nonfinite: str) -> None:
+        self.optimizer.nonfinite = nonfinite
+
+    @property
     def param_groups(self) -> tuple[dict[str, Any], ...]:
         """The hyperparameters, as in `Adam.param_groups`."""
         return self.optimizer.param_groups
