@@ -12,8 +12,12 @@ from typing import Any
 
 import llvmlite
 import numba
+from numba import config
 from numba.core.caching import FunctionCache
 from numba.core.serialize import dumps
+
+if config.CACHE_DIR:  # relative to where the process is now, whatever chdir comes
+    config.CACHE_DIR = str(Path(config.CACHE_DIR).absolute())
 
 
 @functools.cache
@@ -48,7 +52,7 @@ class KernelCache(FunctionCache):  # type: ignore[misc]
 
     def __init__(self, function: Callable[..., Any], variant: str) -> None:
         super().__init__(function)
-        self._folder = Path(self.cache_path).absolute()  # whatever chdir comes
+        self._folder = Path(self.cache_path).absolute()
         what = (function.__module__, function.__qualname__, variant, source_digest())
         self._what = (*what, numba.__version__, llvmlite.__version__, sys.version)
 

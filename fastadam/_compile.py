@@ -28,7 +28,8 @@ def compile(  # noqa: A001
     Raises
     ------
     TypeError
-        If ``opt`` is no optimizer of fastadam's.
+        If ``opt`` is no optimizer of fastadam's, or ``progress`` neither a
+        bool nor callable.
     ImportError
         If ``progress`` is True and rich is not installed.
 
@@ -44,6 +45,8 @@ def compile(  # noqa: A001
         opt = opt.optimizer
     if not isinstance(opt, Adam):
         raise TypeError(f"opt must be an optimizer of fastadam's, got {type(opt).__qualname__}")
+    if not isinstance(progress, bool) and not callable(progress):
+        raise TypeError(f"progress must be True, False or callable, got {progress!r}")
     plan, calls = opt._rehearsals()
     for done, (kernel, arguments) in enumerate(_with_bar(calls) if progress is True else calls, 1):
         kernel(*arguments)

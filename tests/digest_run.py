@@ -16,6 +16,21 @@ MODES = (
     {"amsgrad": True, "maximize": True, "betas": (0.9, 0.999), "lr": 1e-3},
 )
 SIZE, STEPS = 70_001, 12
+# The options of the tail, each alone and all at once; zero_grad is one of a step.
+TAIL_MODES = {
+    "max_grad_norm": {"max_grad_norm": 1.0},
+    "nonfinite": {"nonfinite": "skip"},
+    "ema_decay": {"ema_decay": 0.9},
+    "zero_grad": {"zero_grad": True},
+    "everything": {
+        "weight_decay": 0.1,
+        "amsgrad": True,
+        "max_grad_norm": 1.0,
+        "nonfinite": "skip",
+        "ema_decay": 0.9,
+        "zero_grad": True,
+    },
+}
 
 
 def cut(array, pieces):
@@ -53,5 +68,35 @@ def digest(pieces=1, size=SIZE):
     return found
 
 
+def tail_trajectory(dtype, mode, pieces=1, size=SIZE, steps=STEPS, keep_norms=True):
+    """Return the bytes of all that an optimizer holds after some steps, and of the norms."""
+    raw = np.random.Generator(np.random.PCG64(11)).integers(-(2**20), 2**20, (steps + 1, size))
+    values = (raw / 2**20).astype(dtype)
+    if mode.get("nonfinite"):
+        values[2, size // 2] = np.nan  # a step that is skipped
+    param = values[0].copy()
+    zero_grad = mode.get("zero_grad", False)
+    options = {name: value for name, value in mode.items() if name != "zero_grad"}
+    opt = fastadam.Adam(cut(param, pieces), schedule=schedules.cosine(20), **options)
+    norms = []
+    for grads in values[1:]:
+        result = opt.step(cut(grads, pieces), grad_scale=1.5, zero_grad=zero_grad)
+        norms += [-1.0 if result.skipped else result.grad_norm or 0.0]
+    state = opt.state
+    names = [name for name in state[0] if name != "step"]
+    arrays = [np.concatenate([state[k][name] for k in range(pieces)]) for name in names]
+    parts = [a.astype(f"<f{a.itemsize}").tobytes() for a in (param, values, *arrays)]
+    return b"".join([*parts, np.array(norms, "<f8").tobytes() if keep_norms else b""])
+
+
+def tail_digest():
+    """Return a digest for each dtype, with all of the tail on."""
+    found = {}
+    for dtype in (np.float32, np.float64):
+        bits = hashlib.sha256(tail_trajectory(dtype, TAIL_MODES["everything"]))
+        found[f"{np.dtype(dtype).name} tail"] = bits.hexdigest()[:32]
+    return found
+
+
 if __name__ == "__main__":
-    sys.stdout.write(repr(digest()))
+    sys.stdout.write(repr({**digest(), **tail_digest()}))

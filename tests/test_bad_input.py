@@ -504,11 +504,16 @@ def test_other_kinds_that_compare_equal_are_seen():
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no interval timer")
-def test_interrupts_at_any_moment():
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"amsgrad": True, "max_grad_norm": 1.0, "nonfinite": "skip", "ema_decay": 0.5}],
+    ids=["plain", "tail"],
+)
+def test_interrupts_at_any_moment(options):
     """Ctrl-C leaves every dtype and every counter at the same step, and the optimizer usable."""
     params = [np.zeros(40, np.float32), np.zeros(30), np.zeros(3000, np.float32)]
     grads = [np.ones_like(param) for param in params]
-    opt = fastadam.Adam(params, lr=0.01)
+    opt = fastadam.Adam(params, lr=0.01, **options)
     opt.step(grads)
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
@@ -529,7 +534,8 @@ def test_interrupts_at_any_moment():
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
     count = opt.step_count
     assert opt.step(grads).step == count
-    expected = fastadam.Adam(twins := [np.zeros_like(param) for param in params], lr=0.01)
+    twins = [np.zeros_like(param) for param in params]
+    expected = fastadam.Adam(twins, lr=0.01, **options)
     for _ in range(count + 1):
         expected.step(grads)
     for param, twin in zip(params, twins, strict=True):

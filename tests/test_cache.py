@@ -28,6 +28,27 @@ print(json.dumps([hits, misses, round(float(param[0]), 6)]))
 """
 
 
+# Damaged in three ways, and looked for again as by a new process.
+DAMAGE = f"""
+import json, os
+from pathlib import Path
+import numpy as np, fastadam
+from fastadam import _cpu
+path = Path(os.environ["TEST_KERNEL"])
+content = path.read_bytes()
+hits = misses = 0
+for damaged in (b"", content[:-100], content[:500] + bytes([content[500] ^ 1]) + content[501:]):
+    path.write_bytes(damaged)
+    _cpu.update_kernel.cache_clear()
+    param = np.ones(8, np.float32)
+    fastadam.Adam(param, lr=0.5).step(np.ones_like(param))
+    stats = _cpu.update_kernel(param.dtype, **{PLAIN}).stats
+    hits, misses = hits + sum(stats.cache_hits.values()), misses + sum(stats.cache_misses.values())
+    assert path.read_bytes() != damaged
+print(json.dumps([hits, misses, round(float(param[0]), 6)]))
+"""
+
+
 def start(tmp_path, code=STEP, **env):
     env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache"), **env}
     return subprocess.Popen(
@@ -59,14 +80,7 @@ def test_second_process_is_served_and_damage_is_noticed(tmp_path):
     assert run(tmp_path) == (0, 1, 0.5)
     assert run(tmp_path) == (1, 0, 0.5)
     (kernel,) = kernels(tmp_path)
-    content = kernel.read_bytes()
-    for damaged in (
-        b"",
-        content[:-100],
-        content[:500] + bytes([content[500] ^ 1]) + content[501:],
-    ):
-        kernel.write_bytes(damaged)
-        assert run(tmp_path) == (0, 1, 0.5)
+    assert finish(start(tmp_path, DAMAGE, TEST_KERNEL=str(kernel))) == (0, 3, 0.5)
     assert run(tmp_path) == (1, 0, 0.5)
     assert not [path for path in kernels(tmp_path) if path != kernel]
 

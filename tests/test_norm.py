@@ -196,9 +196,7 @@ def test_clips_as_torch_does(rng, optional, dtype, max_norm):
 @pytest.mark.parametrize("max_norm", [None, 1.0, 5.0, 5.000001, 1e300, math.inf])
 def test_coefficient(max_norm):
     """At most 1, and 1 as soon as the norm is under the limit by a millionth."""
-    opt = fastadam.Adam(
-        np.zeros(2), betas=(0.0, 0.0), max_grad_norm=max_norm, nonfinite="skip"
-    )
+    opt = fastadam.Adam(np.zeros(2), betas=(0.0, 0.0), max_grad_norm=max_norm, nonfinite="skip")
     assert opt.step(np.array([3.0, 4.0])).grad_norm == 5.0
     wanted = np.array([3.0, 4.0]) * clip_coefficient(5.0, max_norm)
     np.testing.assert_allclose(opt.state[0]["exp_avg"], wanted, rtol=1e-15)

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 from oracle import Reference, clip_coefficient, global_norm, ulps
+from tools import flat, picture
 
 import fastadam
 
@@ -49,10 +50,6 @@ STEPS = st.lists(
 KINDS = ("list", "own", "in turn")
 
 
-def flat(groups):
-    return [array for group in groups for array in group]
-
-
 def draw_grads(rng, params, absent, bad):
     """Gradients by group, one element of one array made ``bad`` unless that is None."""
     grads = [
@@ -69,12 +66,6 @@ def draw_grads(rng, params, absent, bad):
         victim = choice[rng.integers(len(choice))]
         victim[np.unravel_index(rng.integers(victim.size), victim.shape)] = bad
     return grads
-
-
-def picture(opt, params):
-    state = opt.state_dict()
-    arrays = [*params, *(a for s in state["state"].values() for a in s.values())]
-    return [np.array(a).tobytes() for a in arrays], state["step_count"]
 
 
 def take(opt, grads, own, options):
@@ -145,9 +136,7 @@ def test_any_groups_over_any_steps(groups, tail, steps, zero_grad, kind, seed):
         if zero_grad:
             assert not any(g.any() for g in flat(grads) if g is not None)
     assert opt.step_count == taken
-    for param, ref, own in zip(
-        flat(params), flat(references), opt.state.values(), strict=True
-    ):
+    for param, ref, own in zip(flat(params), flat(references), opt.state.values(), strict=True):
         # Where beta1 is 0 a vanishing gradient's sign is all that is left of it.
         np.testing.assert_allclose(param, ref.param, rtol=1e-10, atol=1e-10)
         assert own["step"] == ref.updates
@@ -180,9 +169,7 @@ def test_float32_steps_round_a_few_times_each(shape, options, tail, scale, kind,
         moments = {name: np.abs(a) for name, a in ref.arrays().items()}
         ref.updates = step
         grads = [[np.asarray(rng.standard_normal(shape)).astype(np.float32)]]
-        coefficient = clip_coefficient(
-            global_norm(flat(grads)) / scale, tail.get("max_grad_norm")
-        )
+        coefficient = clip_coefficient(global_norm(flat(grads)) / scale, tail.get("max_grad_norm"))
         ref.step(grads[0][0], scale, coefficient)
         take(opt, grads, kind == "own" or (kind == "in turn" and step % 2), {"grad_scale": scale})
 

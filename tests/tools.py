@@ -22,7 +22,7 @@ def picture(opt, params):
 
 @contextlib.contextmanager
 def way(name):
-    """Run what is made inside in ``serial``, or in ``parallel-1`` or ``parallel-2`` threads."""
+    """Make and run optimizers in ``serial``, in ``parallel``, or so in 1 or 2 threads."""
     kind, _, count = name.partition("-")
     before = numba.get_num_threads()
     if count and int(count) > before:
@@ -37,4 +37,6 @@ def way(name):
             numba.set_num_threads(before)
 
 
+# The threads are counted when a step is taken, the path is chosen when an optimizer is made.
 WAYS = ("serial", "parallel-1", "parallel-2")
+PATHS = ("serial", "parallel")
