@@ -98,7 +98,7 @@ class Container:
             return FixedMapping(zip(self.names, arrays, strict=True))
         return FixedSequence(arrays)
 
-    def flatten(self, grads: Any, label: str) -> tuple[Any, ...]:
+    def flatten(self, grads: Any, label: str = "grads") -> tuple[Any, ...]:
         """Return the gradients in the order of the parameters, in a tuple of our own.
 
         Raises

@@ -47,6 +47,9 @@ class StepResult(NamedTuple):
     skipped: bool = False
 
 
+_new = tuple.__new__
+
+
 class Adam:
     r"""Adam over arrays that the user owns, updated in place.
 
@@ -175,6 +178,7 @@ class Adam:
         scalars = Scalars(groups)
         plan = Plan(groups.states, groups.labels, steps, step_count, scalars.rows)
         self._groups, self._plan, self._scalars = groups, plan, scalars
+        self._flatten = groups.flatten if groups.nested else groups.containers[0].flatten
         # The gradients of our own, made when first asked for: as the user has them, and in a row.
         self._grads: Any = None
         self._own_grads: tuple[Any, ...] = ()
@@ -269,12 +273,13 @@ class Adam:
             if grads is ... or (grads is self._grads and grads is not None):
                 flat = self._take_own_grads()
             else:
-                flat = self._groups.flatten(grads)
+                flat = self._flatten(grads)
             if zero_grad is not False:
                 zero_grad = _options.flag(zero_grad, "zero_grad")
             lr = self._scalars.refresh(plan.step_count, self._schedule, grad_scale)
             if self._max_grad_norm is None and self._nonfinite == "propagate":
-                return StepResult(plan.step(flat, zero_grad), lr)
+                # What StepResult(...) does, in half the time.
+                return _new(StepResult, (plan.step(flat, zero_grad), lr, None, False))
 
             flat = plan.take_grads(flat, zero_grad)
             norm = plan.norm(flat, self._scalars.inverse)
@@ -524,7 +529,7 @@ class Adam:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what holds addresses: a copy must not write to the original's arrays."""
-        left_out = ("_lock", "_plan", "_scalars", "_grads", "_own_grads")
+        left_out = ("_lock", "_plan", "_scalars", "_flatten", "_grads", "_own_grads")
         with take_turn(self._lock):
             kept = {name: value for name, value in vars(self).items() if name not in left_out}
             return {**kept, "steps": self._plan.steps, "step_count": self.step_count}
