@@ -1,6 +1,5 @@
 """Adam and AdamW: the facade. Groups, state, ``step()``, ``state_dict()``."""
 
-import math
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ import numpy as np
 from . import _options
 from ._containers import FixedSequence, check_same
 from ._groups import Groups, describe
+from ._limits import clip_coefficient, find_nonfinite
 from ._scalars import Scalars
 from ._state import allocate, export_state, import_state
 
@@ -282,12 +282,17 @@ class Adam:
                 return _new(StepResult, (plan.step(flat, zero_grad), lr, None, False))
 
             flat = plan.take_grads(flat, zero_grad)
-            norm = plan.norm(flat, self._scalars.inverse)
-            if self._nonfinite != "propagate" and not self._is_finite(flat, norm):
-                if zero_grad:
-                    plan.zero_grads(flat)
-                return StepResult(self.step_count, lr, norm, skipped=True)
-            self._scalars.clip(clip_coefficient(norm, self._max_grad_norm))
+            scalars, labels = self._scalars, self._groups.labels
+            norm = plan.norm(flat, scalars.inverse)
+            if self._nonfinite != "propagate":
+                found = find_nonfinite(flat, labels, scalars.inverse, norm, scalars.largest)
+                if found is not None and self._nonfinite == "raise":
+                    raise FloatingPointError(found)
+                if found is not None:
+                    if zero_grad:
+                        plan.zero_grads(flat)
+                    return StepResult(self.step_count, lr, norm, skipped=True)
+            scalars.clip(clip_coefficient(norm, self._max_grad_norm))
             return StepResult(plan.update(zero_grad), lr, norm)
 
     def _rehearsals(self) -> tuple[Any, list[tuple[Any, tuple[Any, ...]]]]:
@@ -300,29 +305,6 @@ class Adam:
         if self._grads is None:
             raise ValueError("grads must be given, or opt.grads be filled before, got neither")
         return self._own_grads
-
-    def _is_finite(self, flat: tuple[Any, ...], norm: float) -> bool:
-        """Whether every gradient is finite; raise if that was asked for."""
-        # As a rule the norm tells. Where it does not, elements are looked at: near the
-        # largest number it may be 1/grad_scale's own rounding that leads beyond it.
-        if norm <= 0.99 * self._scalars.largest:
-            return True
-        for grad, label in zip(flat, self._groups.labels, strict=True):
-            if grad is not None:
-                inverse = grad.dtype.type(self._scalars.inverse)
-                with np.errstate(over="ignore", invalid="ignore"):
-                    unscaled = np.asarray(grad) * inverse
-                good = np.isfinite(unscaled)
-                if not good.all():
-                    if self._nonfinite == "raise":
-                        place = np.unravel_index(int(np.argmin(good)), good.shape)
-                        where = f"[{', '.join(map(str, place))}]" if place else ""
-                        raise FloatingPointError(
-                            f"{label} must be finite, divided by grad_scale, got"
-                            f" {unscaled[place]!r} at {label}{where}"
-                        )
-                    return False
-        return True
 
     @property
     def grads(self) -> Any:
@@ -627,14 +609,6 @@ class AdamW(Adam):
             nonfinite=nonfinite,
             ema_decay=ema_decay,
         )
-
-
-def clip_coefficient(norm: float, max_grad_norm: float | None) -> float:
-    """Return what `torch.nn.utils.clip_grad_norm_` multiplies gradients of this norm by."""
-    if max_grad_norm is None or math.isinf(max_grad_norm):
-        return 1.0
-    coefficient = max_grad_norm / (norm + 1e-6)
-    return 1.0 if coefficient > 1.0 else coefficient  # NaN stays NaN
 
 
 def take_turn(lock: threading.Lock) -> threading.Lock:
