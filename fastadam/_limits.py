@@ -34,8 +34,9 @@ def find_nonfinite(
             if not good.all():
                 place = np.unravel_index(int(np.argmin(good)), good.shape)
                 where = f"[{', '.join(map(str, place))}]" if place else ""
+                value = float(scaled[place])
                 return (
-                    f"{label} must be finite, divided by grad_scale, got {scaled[place]!r} at"
+                    f"{label} must be finite, divided by grad_scale, got {value!r} at"
                     f" {label}{where}"
                 )
     return None

@@ -91,7 +91,9 @@ def test_two_dtypes_are_added_in_order():
 def test_absent_gradients_count_for_nothing(rng):
     grads = draw(rng, [9_000, 50, 9_000], ("f8",))
     opt = fastadam.Adam([np.zeros_like(grad) for grad in grads], max_grad_norm=math.inf)
-    assert opt.step([None, grads[1], None]).grad_norm == global_norm(grads[1:2])
+    assert opt.step([None, grads[1], None]).grad_norm == pytest.approx(
+        global_norm(grads[1:2]), rel=1e-15
+    )
     assert opt.step([None, None, None]).grad_norm == 0.0
     assert fastadam.Adam([], max_grad_norm=1.0).step([]).grad_norm == 0.0
 
