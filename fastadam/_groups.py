@@ -85,6 +85,8 @@ class Groups:
         self.defaults, self.amsgrad, self.ema_decay = dict(defaults), amsgrad, ema_decay
         self.containers: list[Container] = []
         self.options: list[ParamGroup] = []
+        # What of each group must stay: its keys, and its 'params'.
+        self.fixed: list[tuple[frozenset[str], Any]] = []
         self.states: list[ParamState] = []
         # A sequence of dicts is one of groups; any other container is a group itself.
         self.nested = isinstance(params, list | tuple) and any(
@@ -104,6 +106,7 @@ class Groups:
         new.defaults, new.nested = self.defaults, True
         new.amsgrad, new.ema_decay = self.amsgrad, self.ema_decay
         new.containers, new.options = [*self.containers], [*self.options]
+        new.fixed = [*self.fixed]
         new.states = [*self.states]
         new._append(group)
         new._name()
@@ -142,6 +145,7 @@ class Groups:
             options["param_names"] = tuple(container.names)
         self.containers.append(container)
         self.options.append(options)
+        self.fixed.append((frozenset(options), options["params"]))
 
     def _name(self) -> None:
         keys = [state.key for state in self.states]

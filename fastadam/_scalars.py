@@ -31,8 +31,7 @@ class Scalars:
         self._options = groups.options
         for options in self._options:
             options.touched = True
-        self._keys = [set(options) for options in groups.options]
-        self._params = [options["params"] for options in groups.options]
+        self._fixed = groups.fixed
         self._dtypes = groups.dtypes()
         # What every dtype of the group holds; the learning rate that leads beyond it.
         self._largest = [min(_limits("max", d), default=np.inf) for d in self._dtypes]
@@ -106,10 +105,11 @@ class Scalars:
         missing = [name for name in _options.NAMES if name not in options]
         if missing:
             raise ValueError(f"param_groups[{k}] must have {missing[0]!r}")
-        if options.keys() != self._keys[k] or options["params"] is not self._params[k]:
+        keys, params = self._fixed[k]
+        if options.keys() != keys or options["params"] is not params:
             raise ValueError(
                 f"param_groups[{k}] must keep its keys and its 'params', got"
-                f" {sorted(map(str, options.keys() ^ self._keys[k])) or 'other params'}"
+                f" {sorted(map(str, options.keys() ^ keys)) or 'other params'}"
             )
         label = f"param_groups[{k}]."
         checked = _options.check_options(options, label)

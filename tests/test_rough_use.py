@@ -84,6 +84,14 @@ class TestHyperparameters:
         opt.param_groups[0] |= {"lr": 0.5}
         assert opt.step([np.ones(3)]).lr == 0.5
 
+    @pytest.mark.parametrize("change", [{"learning_rate": 1.0}, {"params": ()}])
+    def test_a_group_more_makes_no_wrong_key_right(self, change):
+        opt = fastadam.Adam([np.zeros(3)], lr=0.1)
+        opt.param_groups[0].update(change)
+        opt.add_param_group({"params": [np.zeros(2)]})
+        with pytest.raises(ValueError, match=r"param_groups\[0\] must keep its keys"):
+            opt.step([[np.ones(3)], [np.ones(2)]])
+
     def test_init_again(self):
         opt = fastadam.Adam([np.zeros(3)], lr=0.1)
         opt.step([np.ones(3)])
