@@ -90,6 +90,14 @@ def prepare(fields: Any, tensors: Any, scalars: Any) -> None:
 
 
 @_jit.inline
+def count_step(fields: Any) -> Any:
+    """Count the optimizer's step; return the count."""
+    count = table(fields[STEP_COUNT], 1, 1, _INT64)
+    count[0, 0] += 1
+    return count[0, 0]
+
+
+@_jit.inline
 def update_elements(
     param: Any, grad: Any, exp_avg: Any, exp_avg_sq: Any, max_exp_avg_sq: Any, ema: Any,
     size: Any, s: Any, l2: Any, zero_grad: Any,
@@ -198,9 +206,7 @@ def update_serial(context: Any, grads: Any) -> Any:
     prepare(fields, tensors, scalars)
     for c in range(chunks.shape[0]):
         update_chunk(chunks[c], tensors, scalars, FLOAT(0), AMSGRAD, AVERAGE, ZERO_GRAD)
-    count = table(fields[STEP_COUNT], 1, 1, _INT64)
-    count[0, 0] += 1
-    return count[0, 0]
+    return count_step(fields)
 
 
 def update_parallel(context: Any) -> Any:
@@ -217,9 +223,7 @@ def update_parallel(context: Any) -> Any:
             while c >= 0:
                 update_chunk(chunks[c], tensors, scalars, FLOAT(0), AMSGRAD, AVERAGE, ZERO_GRAD)
                 c = next_chunk(fields, workers, owner)
-    count = table(fields[STEP_COUNT], 1, 1, _INT64)
-    count[0, 0] += 1
-    return count[0, 0]
+    return count_step(fields)
 
 
 def sum_serial(context: Any, scale: Any) -> Any:

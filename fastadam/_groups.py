@@ -182,26 +182,21 @@ class Groups:
 
     def wrap(self, arrays: Sequence[Any]) -> Any:
         """Return an array for each parameter in containers as the parameters came in."""
-        wrapped = []
-        for group, container in enumerate(self.containers):
-            own = [
-                array
-                for array, state in zip(arrays, self.states, strict=True)
-                if state.group == group
-            ]
-            wrapped.append(container.wrap(own))
+        left = iter(arrays)
+        wrapped = [
+            container.wrap([next(left) for _ in container.arrays]) for container in self.containers
+        ]
         return FixedSequence(wrapped) if self.nested else wrapped[0]
 
-    def flatten(self, grads: Any) -> tuple[Any, ...]:
-        """Return the gradients in the order of the parameters.
+    def flattener(self) -> Callable[[Any], tuple[Any, ...]]:
+        """Return what puts gradients in the order of the parameters, in a tuple of our own.
 
-        Raises
-        ------
-        TypeError, ValueError
-            If they do not come in the containers of the parameters.
+        It raises TypeError or ValueError if they do not come in the containers
+        of the parameters.
         """
-        if not self.nested:
-            return self.containers[0].flatten(grads, "grads")
+        return self._flatten_groups if self.nested else self.containers[0].flatten
+
+    def _flatten_groups(self, grads: Any) -> tuple[Any, ...]:
         if isinstance(grads, Mapping | np.ndarray | str) or not isinstance(grads, Iterable):
             raise TypeError(
                 f"grads must be a sequence with one entry a group, got {type(grads).__qualname__}"

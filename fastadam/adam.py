@@ -178,7 +178,7 @@ class Adam:
         scalars = Scalars(groups)
         plan = Plan(groups.states, groups.labels, steps, step_count, scalars.rows)
         self._groups, self._plan, self._scalars = groups, plan, scalars
-        self._flatten = groups.flatten if groups.nested else groups.containers[0].flatten
+        self._flatten = groups.flattener()
         # The gradients of our own, made when first asked for: as the user has them, and in a row.
         self._grads: Any = None
         self._own_grads: tuple[Any, ...] = ()

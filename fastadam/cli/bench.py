@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fastadam.bench import memory, peers, workloads
 from fastadam.bench.report import not_measured, to_dict
 from fastadam.bench.session import Session, measure
-from fastadam.cli import CommandError, output_path, require, say, whole_number
+from fastadam.cli import CommandError, output_path, outputs, require, say, whole_number
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["add_parser", "run"]
 
-PICTURES = (".png", ".svg", ".pdf")
 ROUNDS, QUICK_ROUNDS = 15, 7
 STDOUT = Path("-")
 
@@ -126,7 +125,9 @@ def run(args: argparse.Namespace) -> int:
     """
     chosen = _peers(args.peer)
     named, sizes = _workloads(args)
-    _check_outputs(args)
+    outputs.check_picture(args.plot)
+    json_file = None if args.json == STDOUT else args.json
+    outputs.check_files({"--plot": args.plot, "--json": json_file})
     require("rich", *(["matplotlib"] if args.plot else []), extra="bench")
     shapes: dict[str, Sequence[tuple[int, ...]]] = {
         name: workloads.WORKLOADS[name] for name in named
@@ -150,8 +151,8 @@ def run(args: argparse.Namespace) -> int:
         say(text)
     else:
         _show(session, named, sizes, shapes, report)
-    if args.json not in (None, STDOUT):
-        _write(args, args.json, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    if json_file is not None:
+        _write(args, json_file, lambda path: path.write_text(text + "\n", encoding="utf-8"))
     if args.plot is not None:
         from fastadam.bench.plot import save_plot
 
@@ -212,13 +213,6 @@ def _workloads(args: argparse.Namespace) -> tuple[list[str], tuple[int, ...]]:
     if args.tail or args.workload:
         return named, ()
     return named, workloads.QUICK_SIZES if args.quick else workloads.SIZES
-
-
-def _check_outputs(args: argparse.Namespace) -> None:
-    if args.plot is not None and args.plot.suffix.lower() not in PICTURES:
-        raise CommandError(f"--plot must end in {', '.join(PICTURES)}, got {str(args.plot)!r}")
-    if args.plot is not None and args.plot == args.json:
-        raise CommandError(f"--json must not be the file of --plot, got {str(args.plot)!r}")
 
 
 def _measure(
@@ -305,10 +299,7 @@ def _show(
         console.print(f"  {line}")
 
 
-def _write(args: argparse.Namespace, path: Path, save: Callable[[Path], object]) -> None:
-    try:
-        save(path)
-    except OSError as error:
-        raise CommandError(f"cannot write {path}: {error.strerror or error}", status=1) from error
+def _write(args: argparse.Namespace, path: Path, write: Callable[[Path], object]) -> None:
+    outputs.save(path, write)
     if args.json != STDOUT:
         say(f"Saved {path}")

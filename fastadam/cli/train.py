@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
-from fastadam.cli import CommandError, output_path, require, say, whole_number
+from fastadam.cli import CommandError, output_path, outputs, require, say, whole_number
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,7 +25,6 @@ __all__ = ["add_parser", "run"]
 
 BETAS = (0.9, 0.95)
 EPS = 1e-8
-PICTURES = (".png", ".svg", ".pdf")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -121,7 +120,8 @@ def run(args: argparse.Namespace) -> int:
     """
     began = time.perf_counter()
     names = _names(args.names)
-    _check_outputs(args)
+    outputs.check_picture(args.plot)
+    outputs.check_files({"--names": args.names, "--plot": args.plot, "--json": args.json})
     require("autograd", "rich", *(["matplotlib"] if args.plot else []))
 
     import numpy as np
@@ -179,19 +179,6 @@ def _learning_rate(text: str) -> float:
     if not 0 < lr < math.inf:
         raise argparse.ArgumentTypeError(f"must be positive and finite, got {text!r}")
     return lr
-
-
-def _check_outputs(args: argparse.Namespace) -> None:
-    if args.plot is not None and args.plot.suffix.lower() not in PICTURES:
-        raise CommandError(f"--plot must end in {', '.join(PICTURES)}, got {str(args.plot)!r}")
-    given = {"--names": args.names, "--plot": args.plot, "--json": args.json}
-    taken: dict[Path, str] = {}
-    for option, path in given.items():
-        if path is not None:
-            # The outputs are resolved already; an input that was read can be.
-            other = taken.setdefault(path.resolve(), option)
-            if other != option:
-                raise CommandError(f"{option} must not be the file of {other}, got {str(path)!r}")
 
 
 def _names(path: Path | None) -> list[str]:
@@ -297,9 +284,6 @@ def _report(
     }
 
 
-def _write(path: Path, save: Callable[[Path], object]) -> None:
-    try:
-        save(path)
-    except OSError as error:
-        raise CommandError(f"cannot write {path}: {error.strerror or error}", status=1) from error
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    outputs.save(path, write)
     say(f"Saved {path}")
