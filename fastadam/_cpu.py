@@ -50,8 +50,12 @@ SERIAL_BELOW = 65_536
 REFUSED = -1
 
 look = _reader.look
-one_minus_power = _jit.inline(_formula.bind(_formula.one_minus_power, fma=_jit.fma))
-step_scalars = _jit.inline(_formula.bind(_formula.step_scalars, one_minus_power=one_minus_power))
+one_minus_power = _jit.inline(
+    _formula.bind(_formula.one_minus_power, fma=_jit.fma, mul=_jit.mul)
+)
+step_scalars = _jit.inline(
+    _formula.bind(_formula.step_scalars, fma=_jit.fma, one_minus_power=one_minus_power)
+)
 adam_update = _jit.inline(_formula.bind(_formula.adam_update, fma=_jit.fma))
 
 _INT64, _FLOAT64 = np.int64(0), np.float64(0)

@@ -1,10 +1,11 @@
 r"""The arithmetic of Adam over scalars, written once; every backend compiles it.
 
-Nothing here knows arrays, threads or devices. :func:`fma` is a stand-in: a
-backend binds its own fused multiply-add with :func:`bind`. Since every
-multiply-add is written out as one, no compiler has a contraction left to
-choose, and all of them round alike. The two functions compiled in the type of
-the parameter hold no float literal, which would promote float32 to float64.
+Nothing here knows arrays, threads or devices. :func:`fma` and :func:`mul` are
+stand-ins: a backend binds its own with :func:`bind`. Every multiply-add is
+written out as one, and a product that is rounded before something is added to
+it as :func:`mul`, so that no compiler has a contraction left to choose, and all
+of them round alike. The function compiled in the type of the parameter holds no
+float literal, which would promote float32 to float64.
 """
 
 import math
@@ -16,6 +17,11 @@ from typing import Any
 def fma(a: Any, b: Any, c: Any) -> Any:
     """Stand in for the fused multiply-add ``a*b + c`` of a backend."""
     return a * b + c
+
+
+def mul(a: Any, b: Any) -> Any:
+    """Stand in for a product that a backend rounds, whatever is done with it."""
+    return a * b
 
 
 def bind(function: Callable[..., Any], **primitives: Any) -> Callable[..., Any]:
@@ -82,12 +88,13 @@ def one_minus_power(base: float, exponent: int) -> float:
     square, square_low = base, 0.0
     while exponent > 0:
         if exponent & 1:
-            product = high * square
-            low = fma(high, square, -product) + (high * square_low + low * square)
+            product = mul(high, square)
+            error = fma(high, square, -product)
+            low = error + fma(high, square_low, mul(low, square))
             high = product + low
             low = (product - high) + low
-        product = square * square
-        square_low = fma(square, square, -product) + 2.0 * square * square_low
+        product = mul(square, square)
+        square_low = fma(2.0 * square, square_low, fma(square, square, -product))
         square = product + square_low
         square_low = (product - square) + square_low
         exponent >>= 1
@@ -112,7 +119,7 @@ def step_scalars(
     return (
         grad_factor,
         l2,
-        1.0 - lr * weight_decay,
+        fma(-lr, weight_decay, 1.0),
         beta1,
         1.0 - beta1,
         beta2,

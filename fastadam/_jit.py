@@ -63,6 +63,12 @@ def fma(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
     return a(a, a, a), codegen
 
 
+@inline
+def mul(a: Any, b: Any) -> Any:
+    """``a*b``, rounded: without fastmath, this compiler fuses nothing unasked."""
+    return a * b
+
+
 def _element(context: Any, builder: Any, address: Any, index: Any, dtype: Any) -> Any:
     pointer = builder.inttoptr(address, context.get_value_type(dtype).as_pointer())
     return builder.gep(pointer, [index])
