@@ -4,7 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._compile import compile  # noqa: A004
-from .adam import Adam, AdamW, StepResult
+from ._result import StepResult
+from .adam import Adam, AdamW
 from .interop.objects import from_objects
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
-import numpy as np
+from ._backend import is_array
 
 
 class FixedSequence(tuple[Any, ...]):
@@ -65,7 +65,7 @@ class Container:
     def __init__(self, params: Any, label: str) -> None:
         self.names: list[str] | None = None
         self.single = False
-        if isinstance(params, np.ndarray):
+        if is_array(params):
             self.single = True
             self.arrays: list[Any] = [params]
         elif isinstance(params, Mapping):
@@ -141,8 +141,8 @@ class Container:
                 f" got {len(missing)} missing {missing[:5]} and {len(unknown)} unknown"
                 f" {unknown[:5]}"
             )
-        refused = (Mapping, str, bytes, set, np.ndarray)
-        if isinstance(grads, refused) or not isinstance(grads, Iterable):
+        refused = (Mapping, str, bytes, set)
+        if is_array(grads) or isinstance(grads, refused) or not isinstance(grads, Iterable):
             raise TypeError(
                 f"{label} must be a sequence, as params is, got {type(grads).__qualname__}"
             )

@@ -50,9 +50,7 @@ SERIAL_BELOW = 65_536
 REFUSED = -1
 
 look = _reader.look
-one_minus_power = _jit.inline(
-    _formula.bind(_formula.one_minus_power, fma=_jit.fma, mul=_jit.mul)
-)
+one_minus_power = _jit.inline(_formula.bind(_formula.one_minus_power, fma=_jit.fma, mul=_jit.mul))
 step_scalars = _jit.inline(
     _formula.bind(_formula.step_scalars, fma=_jit.fma, one_minus_power=one_minus_power)
 )

@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from . import _options
-from ._arrays import check_param
+from . import _backend, _options
 from ._containers import Container, FixedSequence
-from ._state import ParamState, allocate, by_group
+from ._state import ParamState, by_group
 
 
 class ParamGroup(dict[str, Any]):
@@ -133,19 +132,35 @@ class Groups:
         first = len(self.states)
         keys: Iterable[int | str] = container.names or range(first, first + len(container.arrays))
         labels = container.labels(inner)
-        for array, name in zip(container.arrays, labels, strict=True):
-            check_param(array, name)
-            _options.check_fits(options, array.dtype, prefix)
-        for key, array, name, own in zip(
-            keys, container.arrays, labels, self._new_state(container.arrays), strict=True
+        params = self._take(container.arrays, labels)
+        for param in params:
+            _options.check_fits(options, param.dtype, prefix)
+        for key, param, name, own in zip(
+            keys, params, labels, self._new_state(params), strict=True
         ):
-            self.states.append(ParamState(key, name, array, place, *own))
+            self.states.append(ParamState(key, name, param, place, *own))
         options["params"] = tuple(container.arrays)
         if container.names is not None:
             options["param_names"] = tuple(container.names)
         self.containers.append(container)
         self.options.append(options)
         self.fixed.append((frozenset(options), options["params"]))
+
+    def _take(self, arrays: Sequence[Any], labels: Sequence[str]) -> list[Any]:
+        """Check parameters; return what stands for each in the backend that all share."""
+        taken = [(state.param, state.label) for state in self.states[:1]]
+        for array, label in zip(arrays, labels, strict=True):
+            backend = _backend.of(array)
+            param = backend.take_param(array, label)
+            if taken:
+                _backend.check_together(param, label, *taken[0])
+            taken.append((param, label))
+        return [param for param, _ in taken[len(self.states[:1]) :]]
+
+    @property
+    def backend(self) -> _backend.Backend:
+        """What works where the parameters live."""
+        return _backend.of(self.states[0].param if self.states else None)
 
     def _name(self) -> None:
         keys = [state.key for state in self.states]
@@ -159,7 +174,8 @@ class Groups:
     def _new_state(self, params: Sequence[Any]) -> Iterable[tuple[Any, Any, Any, Any]]:
         """Return the moments and averages of new parameters."""
         kinds = 2 + self.amsgrad + (self.ema_decay is not None)
-        places = allocate(list(params) * kinds)
+        backend = _backend.of(params[0] if params else None)
+        places = backend.allocate(list(params) * kinds)
         columns = [places[k * len(params) : (k + 1) * len(params)] for k in range(kinds)]
         nothing = [None] * len(params)
         exp_avg, exp_avg_sq = columns[:2]
@@ -167,18 +183,18 @@ class Groups:
         ema = nothing if self.ema_decay is None else columns[-1]
         for average, param in zip(ema, params, strict=True):
             if average is not None:
-                average[...] = param
+                backend.assign(average, param)
         return zip(exp_avg, exp_avg_sq, largest, ema, strict=True)
 
     def rehouse(self) -> None:
         """Move the state, which unpickling has scattered, to memory placed as a new one's."""
-        for group, members in enumerate(by_group(self.states, len(self.options))):
-            params = self.containers[group].arrays
+        for members in by_group(self.states, len(self.options)):
+            params = [state.param for state in members]
             for state, own in zip(members, self._new_state(params), strict=True):
                 old = state.arrays()
                 state.exp_avg, state.exp_avg_sq, state.max_exp_avg_sq, state.ema = own
                 for name, array in state.arrays().items():
-                    array[...] = old[name]
+                    self.backend.assign(array, old[name])
 
     def wrap(self, arrays: Sequence[Any]) -> Any:
         """Return an array for each parameter in containers as the parameters came in."""
@@ -197,7 +213,11 @@ class Groups:
         return self._flatten_groups if self.nested else self.containers[0].flatten
 
     def _flatten_groups(self, grads: Any) -> tuple[Any, ...]:
-        if isinstance(grads, Mapping | np.ndarray | str) or not isinstance(grads, Iterable):
+        if (
+            _backend.is_array(grads)
+            or isinstance(grads, Mapping | str)
+            or not isinstance(grads, Iterable)
+        ):
             raise TypeError(
                 f"grads must be a sequence with one entry a group, got {type(grads).__qualname__}"
             )

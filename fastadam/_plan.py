@@ -11,7 +11,10 @@ from numba import config
 
 from . import _cpu, _reader
 from ._arrays import address, check_grad, check_param, dtype_mark
+from ._limits import clip_coefficient, find_nonfinite
 from ._memory import Memory
+from ._result import StepResult
+from ._scalars import Scalars
 from ._state import ParamState
 from ._tables import (
     DTYPE_MARK,
@@ -77,7 +80,7 @@ class Plan:
         self._pins = [weakref.ref(array) for _, array in arrays]
 
         dtypes = list(dict.fromkeys(state.param.dtype for state in states))
-        self._tensors = tensor_table(states, dtypes)
+        self._tensors = tensor_table(states, dtypes, address)
         self._groups = groups
         self.steps = steps
         shared = {
@@ -111,6 +114,7 @@ class Plan:
         self._in_one_call = self._reads and [each.parallel for each in self.contexts] == [False]
         self._amsgrad = any(state.max_exp_avg_sq is not None for state in states)
         self._average = any(state.ema is not None for state in states)
+        self.dtypes = dtypes
         self._kernels: dict[bool, list[Any]] = {}
         self._tried: set[bool] = set()
 
@@ -239,6 +243,41 @@ class Plan:
         if self._reads and not zero_grad and (norm or not self._in_one_call):
             calls.insert(0, (_cpu.look_kernel, (self.contexts[0].nothing, 0, zero_grad)))
         return calls
+
+    def limited_step(
+        self,
+        grads: tuple[Any, ...],
+        zero_grad: bool,
+        lr: float,
+        scalars: Scalars,
+        max_grad_norm: float | None,
+        nonfinite: str,
+    ) -> StepResult:
+        """Take a step whose gradients are measured first.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `take_grads`.
+        FloatingPointError
+            With ``nonfinite="raise"``, for a gradient that is not finite.
+        """
+        grads = self.take_grads(grads, zero_grad)
+        norm = self.norm(grads, scalars.inverse)
+        if nonfinite != "propagate":
+            found = find_nonfinite(grads, self._labels, scalars.inverse, norm, scalars.largest)
+            if found is not None and nonfinite == "raise":
+                raise FloatingPointError(found)
+            if found is not None:
+                if zero_grad:
+                    self.zero_grads(grads)
+                return StepResult(int(self.step_count[0]), lr, norm, skipped=True)
+        scalars.clip(clip_coefficient(norm, max_grad_norm))
+        return StepResult(self.update(zero_grad), lr, norm)
+
+    def prepare_replay(self, limits: Any) -> None:  # noqa: ARG002
+        """Refuse: there are no graphs here."""
+        raise RuntimeError("prepare_replay needs parameters on a CUDA device, got NumPy arrays")
 
     def norm(self, grads: tuple[Any, ...], factor: float) -> float:
         """Return the global norm of the gradients that were taken last, times a factor > 0.

@@ -1,6 +1,6 @@
 """State storage: the moments of each parameter."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
 from typing import Any, Literal
@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _options
+from ._backend import as_host, on_device
 
 # Bytes: a cache line, and the widest vector.
 ALIGNMENT = 64
@@ -20,14 +21,15 @@ class ParamState:
 
     key: int | str  # in state_dict: its name, or its place where it has none
     label: str  # in messages: params['wte']
-    param: npt.NDArray[Any]
+    # Arrays of the backend: NumPy's, or a `DeviceArray`.
+    param: Any
     group: int
-    exp_avg: npt.NDArray[Any]
-    exp_avg_sq: npt.NDArray[Any]
-    max_exp_avg_sq: npt.NDArray[Any] | None
-    ema: npt.NDArray[Any] | None
+    exp_avg: Any
+    exp_avg_sq: Any
+    max_exp_avg_sq: Any
+    ema: Any
 
-    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+    def arrays(self) -> dict[str, Any]:
         """Return the state's own arrays by the names they have in a state_dict."""
         named = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
         if self.max_exp_avg_sq is not None:
@@ -80,10 +82,11 @@ def export_state(
     steps: npt.NDArray[np.int64],
     groups: Sequence[Mapping[str, Any]],
     step_count: int,
+    to_host: Callable[[Any], npt.NDArray[Any]],
 ) -> dict[str, Any]:
     """Return copies of all state in PyTorch's form, the schedule's step beside it."""
     state = {
-        s.key: {"step": int(step), **{name: a.copy("K") for name, a in s.arrays().items()}}
+        s.key: {"step": int(step), **{name: to_host(a) for name, a in s.arrays().items()}}
         for s, step in zip(states, steps, strict=True)
     }
     param_groups = [
@@ -151,7 +154,7 @@ def import_state(
     live = {id(array) for s in states for array in s.arrays().values()}
     arrays: list[Mapping[str, Any]] = []
     for s in states:
-        given = {name: np.asarray(found[s.key][name]) for name in s.arrays()}
+        given = {name: as_host(found[s.key][name]) for name in s.arrays()}
         arrays.append(
             {n: a if a.base is None and id(a) not in live else a.copy() for n, a in given.items()}
         )
@@ -191,7 +194,7 @@ def _mismatches(state: ParamState, found: Any) -> list[str]:
     for name, own in wanted.items():
         if name in found:
             try:
-                array = np.asarray(found[name])
+                array = found[name] if on_device(found[name]) else np.asarray(found[name])
             except ValueError:
                 wrong.append(f"{place}[{name!r}] is no array")
                 continue

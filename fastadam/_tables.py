@@ -1,6 +1,7 @@
 """Where everything lies: the tables that a kernel reads, and the one that leads to them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -59,9 +60,14 @@ CURSOR_BYTES = 64
 
 
 def tensor_table(
-    states: Sequence[ParamState], dtypes: Sequence[np.dtype[np.floating]]
+    states: Sequence[ParamState],
+    dtypes: Sequence[np.dtype[np.floating]],
+    address: Callable[[Any], int],
 ) -> Integers:
-    """Return a row for each parameter; there are no gradients yet."""
+    """Return a row for each parameter; there are no gradients yet.
+
+    ``address`` tells where an array lies, and 0 of None.
+    """
     tensors = np.zeros((len(states), TENSOR_COLUMNS), dtype=np.int64)
     for row, state in zip(tensors, states, strict=True):
         row[PARAM] = address(state.param)

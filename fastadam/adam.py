@@ -2,50 +2,16 @@
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from . import _options
 from ._containers import FixedSequence, check_same
 from ._groups import Groups, describe
-from ._limits import clip_coefficient, find_nonfinite
+from ._result import StepResult
 from ._scalars import Scalars
-from ._state import allocate, export_state, import_state
-
-
-class StepResult(NamedTuple):
-    """What one call of `Adam.step` did.
-
-    Attributes
-    ----------
-    step : int
-        The step of this call, counted from 0: what the schedule was asked
-        for. A skipped step's number is the next one's again.
-    lr : float
-        The learning rate it used, per step: the first group's ``lr`` times
-        the schedule's factor.
-    grad_norm : float or None
-        The global norm of the gradients, divided by ``grad_scale`` and not
-        yet clipped; None where neither ``max_grad_norm`` nor ``nonfinite``
-        asked for it.
-    skipped : bool
-        Whether nothing was updated or counted, since a gradient was not
-        finite.
-
-    Examples
-    --------
-    >>> import numpy as np, fastadam
-    >>> opt = fastadam.Adam(np.zeros(2), lr=0.1, max_grad_norm=1.0)
-    >>> opt.step(np.array([3.0, 4.0]))
-    StepResult(step=0, lr=0.1, grad_norm=5.0, skipped=False)
-    """
-
-    step: int
-    lr: float
-    grad_norm: float | None = None
-    skipped: bool = False
-
+from ._state import export_state, import_state
 
 _new = tuple.__new__
 
@@ -171,12 +137,9 @@ class Adam:
         self._install(groups, np.zeros(len(groups.states), dtype=np.int64), 0)
 
     def _install(self, groups: Groups, steps: Any, step_count: int) -> None:
-        """Lay out the tables that the kernel reads; raise before anything is replaced."""
-        # Here, since it brings the compiler along: most of what an import would cost.
-        from ._plan import Plan
-
+        """Lay out the tables that the kernels read; raise before anything is replaced."""
         scalars = Scalars(groups)
-        plan = Plan(groups.states, groups.labels, steps, step_count, scalars.rows)
+        plan = groups.backend.Plan(groups.states, groups.labels, steps, step_count, scalars.rows)
         self._groups, self._plan, self._scalars = groups, plan, scalars
         self._flatten = groups.flattener()
         # The gradients of our own, made when first asked for: as the user has them, and in a row.
@@ -281,19 +244,39 @@ class Adam:
                 # What StepResult(...) does, in half the time.
                 return _new(StepResult, (plan.step(flat, zero_grad), lr, None, False))
 
-            flat = plan.take_grads(flat, zero_grad)
-            scalars, labels = self._scalars, self._groups.labels
-            norm = plan.norm(flat, scalars.inverse)
-            if self._nonfinite != "propagate":
-                found = find_nonfinite(flat, labels, scalars.inverse, norm, scalars.largest)
-                if found is not None and self._nonfinite == "raise":
-                    raise FloatingPointError(found)
-                if found is not None:
-                    if zero_grad:
-                        plan.zero_grads(flat)
-                    return StepResult(self.step_count, lr, norm, skipped=True)
-            scalars.clip(clip_coefficient(norm, self._max_grad_norm))
-            return StepResult(plan.update(zero_grad), lr, norm)
+            result: StepResult = plan.limited_step(
+                flat, zero_grad, lr, self._scalars, self._max_grad_norm, self._nonfinite
+            )
+            return result
+
+    def prepare_replay(self, *, grad_scale: float = 1.0) -> None:
+        """Bring up to date what a CUDA graph with a step of this optimizer will read.
+
+        A step that is captured in a graph reads hyperparameters, and the
+        schedule's factor, from a buffer on the device, which this fills: to be
+        called before a graph is replayed, where any of them has changed. With a
+        schedule, it waits for the device, which alone knows how many steps have
+        been replayed.
+
+        Parameters
+        ----------
+        grad_scale : float
+            As in `step`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `step`, for hyperparameters and ``grad_scale``.
+        RuntimeError
+            If no step has been captured; if gradients were then clipped or
+            checked and are not to be now, or the reverse; if a step is under way.
+        """
+        with take_turn(self._lock):
+            plan, scalars = self._plan, self._scalars
+            scalars.refresh(plan.step_count, self._schedule, grad_scale)
+            limits = (scalars.inverse, self._max_grad_norm, self._nonfinite)
+            limited = self._max_grad_norm is not None or self._nonfinite != "propagate"
+            plan.prepare_replay(limits if limited else None)
 
     def _rehearsals(self) -> tuple[Any, list[tuple[Any, tuple[Any, ...]]]]:
         """Return calls of all kernels that `step` may need, each on nothing, and who keeps it."""
@@ -335,7 +318,8 @@ class Adam:
         if grads is None:
             with take_turn(self._lock):
                 if self._grads is None:  # another thread may have been first
-                    flat = tuple(allocate([state.param for state in self._groups.states]))
+                    params = [state.param for state in self._groups.states]
+                    flat = tuple(self._groups.backend.allocate(params))
                     self._own_grads, self._grads = flat, self._groups.wrap(flat)
                 grads = self._grads
         return grads
@@ -473,7 +457,13 @@ class Adam:
         """
         with take_turn(self._lock):
             groups = self._groups
-            return export_state(groups.states, self._plan.steps, groups.options, self.step_count)
+            return export_state(
+                groups.states,
+                self._plan.steps,
+                groups.options,
+                self.step_count,
+                groups.backend.to_host,
+            )
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over the state that `state_dict` returned, by name where there are names.
@@ -503,7 +493,7 @@ class Adam:
             loaded = import_state(state_dict, groups.states, groups.options)
             for state, arrays in zip(groups.states, loaded.arrays, strict=True):
                 for name, array in state.arrays().items():
-                    array[...] = arrays[name]
+                    groups.backend.assign(array, arrays[name])
             self._plan.steps = loaded.steps
             for own, options in zip(groups.options, loaded.options, strict=True):
                 own.update(options)
@@ -530,7 +520,7 @@ class Adam:
     def __repr__(self) -> str:
         groups = self._groups
         elements = sum(state.param.size for state in groups.states)
-        dtypes = ", ".join(each.dtype.name for each in self._plan.contexts) or "no dtype"
+        dtypes = ", ".join(dtype.name for dtype in self._plan.dtypes) or "no dtype"
         head = (
             f"{type(self).__name__}({len(groups.states)} parameters, {elements:,} elements of"
             f" {dtypes}, step_count={self.step_count}, amsgrad={groups.amsgrad},"

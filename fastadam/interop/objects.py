@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .._options import as_float, is_real
-from ..adam import Adam, StepResult, take_turn
+from .._result import StepResult
+from ..adam import Adam, take_turn
 
 # The constructor's options that no state_dict holds.
 _KEPT = ("amsgrad", "schedule", "max_grad_norm", "nonfinite", "ema_decay")

@@ -1,0 +1,129 @@
+"""Where parameters may live, and what each such place must offer."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ._result import StepResult
+
+
+class Plan(Protocol):
+    """What takes steps: the tables of one optimizer, made anew when a group is added.
+
+    It is made of the states, the names of their gradients, the steps that each has
+    had, the steps of the optimizer, and the groups' rows of hyperparameters.
+    """
+
+    steps: npt.NDArray[np.int64]
+    step_count: Any  # indexed by 0: the steps taken
+    dtypes: list[np.dtype[Any]]
+
+    def step(self, grads: tuple[Any, ...], zero_grad: bool) -> int:
+        """Take a step; return its number."""
+
+    def limited_step(
+        self,
+        grads: tuple[Any, ...],
+        zero_grad: bool,
+        lr: float,
+        scalars: Any,
+        max_grad_norm: float | None,
+        nonfinite: str,
+    ) -> StepResult:
+        """Take a step for which the norm of the gradients is asked."""
+
+    def prepare_replay(self, limits: Any) -> None:
+        """Bring hyperparameters up to date for a captured step."""
+
+    def rehearsals(self, zero_grad: bool, *, norm: bool) -> list[tuple[Any, tuple[Any, ...]]]:
+        """Return calls that compile the kernels of a step."""
+
+
+class Backend(Protocol):
+    """The module of a place where arrays live: `_host`, or `_cuda_host` for CUDA devices."""
+
+    Plan: Any
+
+    def take_param(self, array: Any, label: str) -> Any:
+        """Check a parameter; return what stands for it: dtype, shape, size, nbytes."""
+
+    def allocate(self, likes: Sequence[Any]) -> list[Any]:
+        """Return zeros in the shape, dtype and memory order of each."""
+
+    def assign(self, target: Any, source: Any) -> None:
+        """Write what another array holds, this backend's or a NumPy array."""
+
+    def to_host(self, array: Any) -> npt.NDArray[Any]:
+        """Return a copy as a NumPy array of the same memory order."""
+
+
+# What an array has, that lives on a device or is another library's.
+_INTERFACES = ("__cuda_array_interface__", "data_ptr", "__dlpack_device__", "__cuda_ndarray__")
+
+
+def is_array(thing: Any) -> bool:
+    """Whether something is one array, NumPy's or another library's, rather than many."""
+    if isinstance(thing, np.ndarray):
+        return True
+    kind = type(thing)  # since an attribute of the thing itself may raise
+    return any(hasattr(kind, name) for name in _INTERFACES)
+
+
+def on_device(array: Any) -> bool:
+    """Whether an array is on a CUDA device, told without what CUDA needs."""
+    if isinstance(array, np.ndarray | np.generic) or not is_array(array):
+        return False
+    library = type(array).__module__.partition(".")[0]
+    if library in ("jax", "jaxlib"):
+        return False  # immutable, wherever it lies: the host's check says so
+    if hasattr(type(array), "data_ptr"):
+        return bool(getattr(array, "is_cuda", False))
+    if hasattr(type(array), "__cuda_array_interface__"):
+        return True
+    if hasattr(type(array), "__dlpack_device__"):
+        return int(array.__dlpack_device__()[0]) in (2, 13)  # kDLCUDA, kDLCUDAManaged
+    return hasattr(type(array), "__cuda_ndarray__")  # as the CUDA simulator's arrays have alone
+
+
+def of(array: Any) -> Backend:
+    """Return the backend of the place where an array lives.
+
+    Raises
+    ------
+    ImportError
+        If it is a CUDA device, and what that needs is not installed.
+    """
+    name = "_cuda_host" if on_device(array) else "_host"
+    module = sys.modules.get(f"{__package__}.{name}")
+    backend: Any = module or importlib.import_module(f".{name}", __package__)
+    return backend  # type: ignore[no-any-return]
+
+
+def check_together(param: Any, label: str, first: Any, first_label: str) -> None:
+    """Refuse two parameters that live in different places.
+
+    Raises
+    ------
+    ValueError
+        If they do.
+    """
+    places = [_place(each) for each in (param, first)]
+    # An empty array may lie nowhere.
+    if places[0] != places[1] and -1 not in places:
+        names = ["in the host's memory" if at is None else f"on CUDA device {at}" for at in places]
+        raise ValueError(f"{label} must be {names[1]}, as {first_label} is, got one {names[0]}")
+
+
+def _place(param: Any) -> int | None:
+    """Return the number of a parameter's device, None for the host."""
+    device: int | None = param.device if on_device(param) else None
+    return device
+
+
+def as_host(value: Any) -> npt.NDArray[Any]:
+    """Return an array, wherever it lives, as NumPy's."""
+    return of(value).to_host(value) if on_device(value) else np.asarray(value)

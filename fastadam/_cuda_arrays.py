@@ -1,0 +1,250 @@
+"""Arrays on a CUDA device: whose it is, where it lies, is it usable; and our own."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _device
+from ._arrays import DTYPES
+from ._backend import on_device
+from ._state import ALIGNMENT
+
+
+class DeviceArray:
+    """An array on a CUDA device, ours or the user's, in C or Fortran order.
+
+    What can take any library's array, such as ``cupy.asarray``, ``torch.as_tensor``
+    or ``numba.cuda.as_cuda_array``, makes an array over the same memory of it.
+
+    Attributes
+    ----------
+    shape, dtype, order, size, nbytes
+        As of a NumPy array; ``order`` is "C" or "F".
+    address : int
+        Where it lies.
+    device : int
+        On which device.
+    owner : object
+        What keeps the memory alive.
+    """
+
+    def __init__(
+        self,
+        owner: Any,
+        address: int,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        order: str,
+        device: int,
+    ) -> None:
+        self.owner, self.address, self.shape, self.dtype = owner, address, shape, dtype
+        self.order, self.device = order, device
+        self.size = int(np.prod(shape, dtype=np.int64))
+        self.nbytes = self.size * dtype.itemsize
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        strides = None if self.order == "C" else _strides(self.shape, self.dtype.itemsize, "F")
+        return {
+            "shape": self.shape,
+            "typestr": self.dtype.str,
+            "data": (self.address, False),
+            "strides": strides,
+            "version": 3,
+        }
+
+    def copy_to_host(self) -> npt.NDArray[Any]:
+        """Return a copy in a NumPy array, once all work on the device is done."""
+        array: npt.NDArray[Any] = np.empty(self.shape, self.dtype, order=self.order)  # type: ignore[call-overload]
+        if self.nbytes:
+            with _device.context(self.device):
+                _device.synchronize_all()
+                _device.download(array.ctypes.data, self.address, self.nbytes, 0)
+        return array
+
+    def copy_from_host(self, values: npt.ArrayLike) -> None:
+        """Write values of the same shape, once all work on the device is done.
+
+        Raises
+        ------
+        ValueError
+            If the shape differs.
+        """
+        array = np.array(values, dtype=self.dtype, order=self.order)  # type: ignore[call-overload]
+        if array.shape != self.shape:
+            raise ValueError(f"values must have shape {self.shape}, got {array.shape}")
+        if self.nbytes:
+            with _device.context(self.device):
+                _device.synchronize_all()
+                _device.upload(self.address, array.ctypes.data, self.nbytes, 0)
+                _device.synchronize(0)
+
+    def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError("an array of no dimensions has no length")
+        return self.shape[0]
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("an array on a CUDA device must be copied: array.copy_to_host()")
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "an optimizer over arrays on a CUDA device cannot be copied or pickled: make a new"
+            " one, and give it the state_dict() of this one, which is in the host's memory"
+        )
+
+    def __repr__(self) -> str:
+        return f"DeviceArray(shape={self.shape}, dtype={self.dtype}, device={self.device})"
+
+
+def _strides(shape: Sequence[int], itemsize: int, order: str) -> tuple[int, ...]:
+    strides, step = [], itemsize
+    for length in shape if order == "F" else reversed(shape):
+        strides.append(step)
+        step *= length
+    return tuple(strides if order == "F" else reversed(strides))
+
+
+def _order(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> str | None:
+    """Return in which order elements lie without gaps, if in either."""
+    for order in "CF":
+        packed = _strides(shape, itemsize, order)
+        if 0 in shape or all(
+            length == 1 or a == b for length, a, b in zip(shape, strides, packed, strict=True)
+        ):
+            return order
+    return None
+
+
+def _check(
+    kind: str, dtype: Any, shape: Sequence[int], strides: Any, address: int, label: str
+) -> str:
+    """Refuse what cannot be used where it lies; return its order."""
+    if dtype not in DTYPES:
+        raise TypeError(f"{label}.dtype must be float32 or float64, got {dtype}")
+    order = "C" if strides is None else _order(shape, strides, dtype.itemsize)
+    if order is None:
+        raise ValueError(
+            f"{label} must be contiguous, in C or Fortran order, got strides {tuple(strides)} of"
+            f" bytes for shape {tuple(shape)} of {kind}"
+        )
+    if address % dtype.itemsize:
+        raise ValueError(f"{label} must be aligned to its {dtype.itemsize}-byte elements")
+    return order
+
+
+def _library(array: Any) -> str:
+    return type(array).__module__.partition(".")[0]
+
+
+def view(array: Any, label: str, *, writable: bool) -> DeviceArray:
+    """Return what is known of a user's array on a CUDA device.
+
+    Raises
+    ------
+    TypeError
+        If it is none, or not of float32 or float64.
+    ValueError
+        If it is neither C- nor Fortran-contiguous, unaligned, or read-only where
+        ``writable`` is asked for.
+    """
+    if isinstance(array, DeviceArray):
+        return array
+    kind = f"{type(array).__module__}.{type(array).__qualname__}"
+    if not on_device(array):
+        raise TypeError(f"{label} must be an array on a CUDA device, got {kind}")
+    if has_data_ptr(array):
+        return _view_of_tensor(array, kind, label)
+    if hasattr(type(array), "__cuda_array_interface__"):
+        interface = array.__cuda_array_interface__
+        address, read_only = interface["data"]
+        shape, strides = tuple(interface["shape"]), interface.get("strides")
+        dtype = np.dtype(interface["typestr"])
+        if interface.get("mask") is not None:
+            raise TypeError(f"{label} must have no mask, got {kind}")
+    elif hasattr(type(array), "__dlpack_device__"):
+        from cuda.core.utils import StridedMemoryView
+
+        memory = StridedMemoryView.from_dlpack(array, stream_ptr=-1)
+        address, read_only, shape, dtype = memory.ptr, memory.readonly, memory.shape, memory.dtype
+        strides = memory.strides and [step * dtype.itemsize for step in memory.strides]
+    else:
+        address, read_only, shape = array.ctypes.data, False, tuple(array.shape)
+        strides, dtype = array.strides, array.dtype
+    address = int(address or 0)
+    order = _check(kind, dtype, shape, strides, address, label)
+    if read_only and writable:
+        raise ValueError(f"{label} must be writable, got a read-only array")
+    device = _device.device_of(address) if address else -1
+    return DeviceArray(array, address, tuple(shape), dtype, order, device)
+
+
+def _view_of_tensor(tensor: Any, kind: str, label: str) -> DeviceArray:
+    """Do the same for torch's, which exports nothing that needs a gradient."""
+    name = str(tensor.dtype).rpartition(".")[2]
+    if name not in ("float32", "float64"):
+        raise TypeError(f"{label}.dtype must be float32 or float64, got {tensor.dtype}")
+    dtype = np.dtype(name)
+    strides = [step * dtype.itemsize for step in tensor.stride()]
+    shape, address = tuple(tensor.shape), tensor.data_ptr()
+    order = _check(kind, dtype, shape, strides, address, label)
+    return DeviceArray(tensor, address, shape, dtype, order, int(tensor.device.index or 0))
+
+
+def current_stream(array: DeviceArray) -> int:
+    """Return the stream on which the library that an array is of would work on it now."""
+    owner = array.owner
+    library = _library(owner)
+    if library == "torch":
+        torch = sys.modules["torch"]
+        return int(torch.cuda.current_stream(array.device).cuda_stream)
+    if library == "cupy":
+        return int(sys.modules["cupy"].cuda.get_current_stream().ptr)
+    interface = getattr(owner, "__cuda_array_interface__", None)
+    return int((interface or {}).get("stream") or 0)
+
+
+def stream_key(array: DeviceArray) -> Any:
+    """Return what arrays have in common whose libraries work on one stream."""
+    library = _library(array.owner)
+    return library if library in ("torch", "cupy") else current_stream(array)
+
+
+def has_data_ptr(array: Any) -> bool:
+    """Whether an array is a tensor, which may come to lie elsewhere."""
+    return hasattr(type(array), "data_ptr")
+
+
+def glance(array: Any) -> tuple[int, Any]:
+    """Return where an array lies, and all else that decides whether it fits.
+
+    If the latter cannot be told quickly, None.
+    """
+    if isinstance(array, DeviceArray):
+        return array.address, (array.shape, array.order, array.dtype, array.device)
+    if has_data_ptr(array):
+        traits = (array.shape, array.stride(), array.dtype, array.device)
+        return array.data_ptr(), traits
+    return 0, None
+
+
+def allocate(likes: Sequence[DeviceArray]) -> list[DeviceArray]:
+    """Return zeros in the shape, dtype and order of each, side by side in one buffer."""
+    if not likes:
+        return []
+    device = max(0, *(like.device for like in likes))
+    sizes = [-(-like.nbytes // ALIGNMENT) * ALIGNMENT for like in likes]
+    with _device.context(device):
+        buffer = _device.allocate(sum(sizes) + ALIGNMENT)
+        start = _device.address_of_buffer(buffer)
+        start += -start % ALIGNMENT
+        _device.clear(start, sum(sizes), 0)
+        _device.synchronize(0)
+    arrays = []
+    for like, size in zip(likes, sizes, strict=True):
+        arrays.append(DeviceArray(buffer, start, like.shape, like.dtype, like.order, device))
+        start += size
+    return arrays

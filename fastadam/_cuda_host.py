@@ -1,0 +1,33 @@
+"""The backend of arrays on a CUDA device: what `_backend.Backend` asks for."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _device
+from ._cuda_arrays import DeviceArray, allocate, view
+from ._cuda_plan import Plan
+
+__all__ = ["Plan", "allocate", "assign", "take_param", "to_host"]
+
+
+def take_param(array: Any, label: str) -> DeviceArray:
+    """Refuse what cannot be updated in place; see `_cuda_arrays.view`."""
+    return view(array, label, writable=True)
+
+
+def assign(target: DeviceArray, source: Any) -> None:
+    """Write what another array holds, on the device or on the host."""
+    if isinstance(source, np.ndarray):
+        target.copy_from_host(source)
+    elif target.nbytes:
+        with _device.context(target.device):
+            _device.synchronize_all()
+            _device.copy(target.address, source.address, target.nbytes, 0)
+            _device.synchronize(0)
+
+
+def to_host(array: Any) -> npt.NDArray[Any]:
+    """Return a copy of the same memory order."""
+    return view(array, "array", writable=False).copy_to_host()

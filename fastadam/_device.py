@@ -1,0 +1,207 @@
+"""The only home of the cuda module: compiling, launching, memory, streams and primitives.
+
+All that fastadam asks of numba-cuda is in this file and the two that it imports,
+`_driver` and `_primitives`; what Numba's CUDA simulator has in their place is in
+`_simulator`. Another package would be put in its place here.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numba import config
+
+from ._formula import bind
+
+EXTRAS = "pip install 'fastadam[cuda13]', or 'fastadam[cuda12]' for a driver of CUDA 12"
+if importlib.util.find_spec("numba_cuda") is None:
+    raise ImportError(f"arrays on a CUDA device need numba-cuda: {EXTRAS}", name="numba_cuda")
+
+# After the check, since without numba-cuda Numba has an old `cuda` of its own.
+from numba import cuda  # noqa: E402
+
+SIMULATED = bool(config.ENABLE_CUDASIM)
+# The simulator's threads are Python's.
+MOST_THREADS = 8 if SIMULATED else 1024
+
+Address = int
+float64 = cuda.types.float64  # for shared arrays
+
+
+class Kernel:
+    """An entry point whose arguments are all int64, compiled when it is first launched.
+
+    Parameters
+    ----------
+    function : callable
+        What a thread does.
+    arguments : int
+        How many it takes.
+    bounds : int or tuple
+        Threads in a block at most, and blocks on a multiprocessor at least:
+        what the compiler may spend registers for.
+    constants
+        Take the place of the function's globals of those names.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], arguments: int, bounds: Any, **constants: Any
+    ) -> None:
+        self.function = bind(function, **constants)
+        self.arguments, self.bounds = arguments, bounds
+
+    @property
+    def signature(self) -> Any:
+        """What numba-cuda is told of the arguments."""
+        return cuda.types.void(*[cuda.types.int64] * self.arguments)
+
+    @functools.cached_property
+    def compiled(self) -> Any:
+        """The kernel for the device in use."""
+        if SIMULATED:
+            return cuda.jit(_simulator.quiet(self.function))
+        return cuda.jit(self.signature, launch_bounds=self.bounds)(self.function)
+
+    def prepare(self) -> None:
+        """Compile it now."""
+        _ = self.compiled
+
+    def launch(self, blocks: int, threads: int, stream: int, *arguments: int) -> None:
+        """Start it, unless there is no block to start."""
+        if blocks:
+            self.compiled[blocks, threads, stream_object(stream)](*arguments)
+
+
+def inline(function: Callable[..., Any]) -> Any:
+    """Prepare a function for use inside a kernel."""
+    if SIMULATED:
+        return cuda.jit(_simulator.quiet(function), device=True)
+    # By the compiler behind Numba: what is None has been pruned by then.
+    return cuda.jit(device=True, forceinline=True)(function)
+
+
+def context(device: int) -> Any:
+    """Return a context manager in which calls concern this device."""
+    return cuda.gpus[device]
+
+
+def compute_capability(device: int) -> tuple[int, int]:
+    """Return the device's, such as (9, 0)."""
+    return tuple(cuda.gpus[device].compute_capability)
+
+
+def describe() -> list[str]:
+    """Return one line on each device.
+
+    Raises
+    ------
+    Exception
+        numba-cuda's, if there is no driver or no device.
+    """
+    lines = []
+    for gpu in cuda.gpus:
+        name = gpu.name.decode() if isinstance(gpu.name, bytes) else str(gpu.name)
+        major, minor = gpu.compute_capability
+        lines.append(f"{name}, compute capability {major}.{minor}")
+    return lines
+
+
+if TYPE_CHECKING:
+    from . import _simulator
+if TYPE_CHECKING or not SIMULATED:
+    from ._driver import (
+        Event,
+        address_of_buffer,
+        clear,
+        copy,
+        device_of,
+        download,
+        is_capturing,
+        multiprocessors,
+        side_stream,
+        stream_object,
+        synchronize,
+        upload,
+    )
+    from ._primitives import convert, fma, load, load4, mul, only_if, root, store, store4
+else:
+    from . import _simulator
+    from ._simulator import (
+        Event,
+        address_of_buffer,
+        clear,
+        convert,
+        copy,
+        device_of,
+        download,
+        fma,
+        is_capturing,
+        load,
+        load4,
+        mul,
+        multiprocessors,
+        only_if,
+        root,
+        side_stream,
+        store,
+        store4,
+        stream_object,
+        synchronize,
+        upload,
+    )
+
+__all__ = [
+    "EXTRAS",
+    "MOST_THREADS",
+    "SIMULATED",
+    "Address",
+    "Event",
+    "Kernel",
+    "address_of_buffer",
+    "allocate",
+    "clear",
+    "compute_capability",
+    "context",
+    "convert",
+    "copy",
+    "cuda",
+    "describe",
+    "device_of",
+    "download",
+    "float64",
+    "fma",
+    "inline",
+    "is_capturing",
+    "load",
+    "load4",
+    "mul",
+    "multiprocessors",
+    "only_if",
+    "pinned",
+    "root",
+    "side_stream",
+    "store",
+    "store4",
+    "synchronize",
+    "synchronize_all",
+    "upload",
+]  # fmt: skip
+
+
+def synchronize_all() -> None:
+    """Wait until all work on the current device is done."""
+    cuda.synchronize()
+
+
+def allocate(size: int) -> Any:
+    """Return a buffer of this many bytes on the current device, freed with its last reference."""
+    return cuda.device_array(max(size, 1), np.uint8)
+
+
+def pinned(columns: int, rows: int) -> np.ndarray[Any, Any]:
+    """Return zeros, float64 or anything as wide, that device and host see at one address."""
+    array: np.ndarray[Any, Any] = cuda.pinned_array((rows, columns), np.float64)
+    array[...] = 0.0
+    return array

@@ -1,0 +1,112 @@
+"""What a step tells the user."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+
+class StepResult(NamedTuple):
+    """What one call of `Adam.step` did.
+
+    On a CUDA device, the norm and whether the step was skipped are on their way
+    when `Adam.step` returns: to read them waits for them.
+
+    Attributes
+    ----------
+    step : int
+        The step of this call, counted from 0: what the schedule was asked
+        for. A skipped step's number is the next one's again.
+    lr : float
+        The learning rate it used, per step: the first group's ``lr`` times
+        the schedule's factor.
+    grad_norm : float or None
+        The global norm of the gradients, divided by ``grad_scale`` and not
+        yet clipped; None where neither ``max_grad_norm`` nor ``nonfinite``
+        asked for it.
+    skipped : bool
+        Whether nothing was updated or counted, since a gradient was not
+        finite.
+
+    Examples
+    --------
+    >>> import numpy as np, fastadam
+    >>> opt = fastadam.Adam(np.zeros(2), lr=0.1, max_grad_norm=1.0)
+    >>> opt.step(np.array([3.0, 4.0]))
+    StepResult(step=0, lr=0.1, grad_norm=5.0, skipped=False)
+    """
+
+    step: int
+    lr: float
+    grad_norm: float | None = None
+    skipped: bool = False
+
+
+class Outcome:
+    """What a step will have to tell, asked for when it is first read.
+
+    Parameters
+    ----------
+    ask : callable
+        Waits for the device.
+    lasting : bool
+        False for a step in a graph, of which each replay tells anew.
+    """
+
+    def __init__(self, ask: Callable[[], StepResult], *, lasting: bool = True) -> None:
+        self._ask, self._lasting = ask, lasting
+        self._known: StepResult | None = None
+
+    def resolve(self) -> StepResult:
+        """Wait for it, once, if it lasts."""
+        known = self._known
+        if known is None:
+            known = self._ask()
+            if self._lasting:
+                self._known = known
+                del self._ask  # and with it what it holds
+        return known
+
+
+class PendingResult(StepResult):
+    """A result that a device may still be working on: what is read is waited for."""
+
+    _outcome: Outcome
+
+    @classmethod
+    def of(cls, outcome: Outcome) -> "PendingResult":
+        """Return the result that an outcome will be."""
+        result = tuple.__new__(cls, (None,) * 4)
+        result._outcome = outcome
+        return result
+
+    def resolve(self) -> StepResult:
+        """Wait for it."""
+        return self._outcome.resolve()
+
+    step = property(lambda self: self.resolve()[0])
+    lr = property(lambda self: self.resolve()[1])
+    grad_norm = property(lambda self: self.resolve()[2])
+    skipped = property(lambda self: self.resolve()[3])
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.resolve())
+
+    def __getitem__(self, place: Any) -> Any:
+        return tuple(self.resolve())[place]
+
+    def __contains__(self, value: object) -> bool:
+        return value in tuple(self.resolve())
+
+    def __eq__(self, other: object) -> bool:
+        return tuple(self.resolve()) == other
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.resolve()))
+
+    def __reduce__(self) -> Any:
+        return StepResult, tuple(self.resolve())
+
+    def __repr__(self) -> str:
+        return repr(self.resolve())
