@@ -15,7 +15,7 @@ class Plan(Protocol):
     """What takes steps: the tables of one optimizer, made anew when a group is added.
 
     It is made of the states, the names of their gradients, the steps that each has
-    had, the steps of the optimizer, and the groups' rows of hyperparameters.
+    had, the steps of the optimizer, and the scalars, which it reads in every step.
     """
 
     steps: npt.NDArray[np.int64]
@@ -30,13 +30,12 @@ class Plan(Protocol):
         grads: tuple[Any, ...],
         zero_grad: bool,
         lr: float,
-        scalars: Any,
         max_grad_norm: float | None,
         nonfinite: str,
     ) -> StepResult:
         """Take a step for which the norm of the gradients is asked."""
 
-    def prepare_replay(self, limits: Any) -> None:
+    def prepare_replay(self, max_grad_norm: float | None, nonfinite: str) -> None:
         """Bring hyperparameters up to date for a captured step."""
 
     def rehearsals(self, zero_grad: bool, *, norm: bool) -> list[tuple[Any, tuple[Any, ...]]]:
@@ -47,6 +46,7 @@ class Backend(Protocol):
     """The module of a place where arrays live: `_host`, or `_cuda_host` for CUDA devices."""
 
     Plan: Any
+    Scalars: Any
 
     def take_param(self, array: Any, label: str) -> Any:
         """Check a parameter; return what stands for it: dtype, shape, size, nbytes."""

@@ -45,18 +45,19 @@ COLUMNS = ROW + 1
 ROW_BYTES = 128
 
 # What a kernel is given the address of: for each dtype a table of these. Addresses, and how
-# long the tables are; of the norm's parts, one for each `WARPS` chunks, the place in `PARTS`.
+# long the tables are; of the norm there is a part for each `WARPS` chunks.
 (
-    TENSORS, TENSOR_COUNT, GRADS, ROWS, GROUPS, LIMITS, STEP_COUNT, CHUNKS, CHUNK_COUNT,
-    SUMS, MAXIMA, PART_COUNT, IS_DOUBLE, CONTEXT_COUNT,
-) = range(14)  # fmt: skip
+    TENSORS, TENSOR_COUNT, GRADS, ROWS, HYPER, GROUP_COUNT, SCALE, STEP_COUNT, CHUNKS,
+    CHUNK_COUNT, SUMS, MAXIMA, PART_COUNT, IS_DOUBLE, CONTEXT_COUNT,
+) = range(15)  # fmt: skip
 CONTEXT_SIZE = 16
 
-# The cells of `LIMITS`, float64: what the gradients are multiplied by, the norm they are
-# scaled down to, whether a step is skipped that is not finite; the rest is the device's
-# own: what a gradient is multiplied by before it is squared.
-FACTOR, MAX_NORM, MAY_SKIP, SCALE = range(4)
-LIMITS_SIZE = 4
+# The cells of `HYPER`, float64: what the gradients are multiplied by, the norm they are
+# scaled down to, whether a step is skipped that is not finite. Then a table of groups for
+# each count of steps that the host, which does not wait to hear of skipped ones, thinks
+# possible: their number, and the first count, both int64.
+FACTOR, MAX_NORM, MAY_SKIP, TABLE_COUNT, FIRST_COUNT = range(5)
+HYPER_TABLES = 8
 
 # The cells of what is told of a step: norm, 1.0 if it was skipped, steps so far.
 NORM, SKIPPED, COUNT = range(3)
@@ -249,7 +250,7 @@ def sum_squares(context: Any, again: Any) -> None:
     thread = cuda.threadIdx.x
     lane, first = thread % WARP, cuda.blockIdx.x * WARPS
     c, count = first + thread // WARP, load(context, CHUNK_COUNT, INT64)
-    scale = load(load(context, LIMITS, INT64), SCALE, DOUBLE) if again else ONE
+    scale = load(load(context, SCALE, INT64), 0, DOUBLE) if again else ONE
     if again and scale == ONE:
         return
     zero = FLOAT(0)
@@ -340,12 +341,12 @@ def clip_coefficient(norm: Any, max_norm: Any) -> Any:
 
 
 @_device.inline
-def prepare(context: Any, k: Any, coefficient: Any) -> None:
+def prepare(context: Any, k: Any, groups: Any, coefficient: Any) -> None:
     """Count the step of a tensor, and write its scalars."""
     tensor = load(context, TENSORS, INT64) + k * (8 * COLUMNS)
     step = load(tensor, STEP, INT64) + 1
     store(tensor, STEP, step)
-    group = load(context, GROUPS, INT64) + load(tensor, GROUP, INT64) * (8 * GROUP_COLUMNS)
+    group = groups + load(tensor, GROUP, INT64) * (8 * GROUP_COLUMNS)
     s = step_scalars(
         load(group, LR, DOUBLE), load(group, BETA1, DOUBLE), load(group, BETA2, DOUBLE),
         load(group, EPS, DOUBLE), load(group, L2, DOUBLE), load(group, WEIGHT_DECAY, DOUBLE),
@@ -407,11 +408,13 @@ def settle(contexts: Any, result: Any) -> None:
     values = cuda.shared.array(SEGMENT, float64)
     tops = cuda.shared.array(SEGMENT, float64)
     thread, threads = cuda.threadIdx.x, cuda.blockDim.x
-    limits = load(contexts, LIMITS, INT64)
+    hyper, counter = load(contexts, HYPER, INT64), load(contexts, STEP_COUNT, INT64)
+    steps = load(counter, 0, INT64)
     norm, coefficient, skipped = DOUBLE, ONE, False
     if LIMITED is not None:
         total, largest, beyond = DOUBLE, DOUBLE, False
-        factor, scale = load(limits, FACTOR, DOUBLE), load(limits, SCALE, DOUBLE)
+        scale_place = load(contexts, SCALE, INT64)
+        factor, scale = load(hyper, FACTOR, DOUBLE), load(scale_place, 0, DOUBLE)
         for d in range(load(contexts, CONTEXT_COUNT, INT64)):
             context = contexts + d * (8 * CONTEXT_SIZE)
             count = load(context, PART_COUNT, INT64)
@@ -422,23 +425,27 @@ def settle(contexts: Any, result: Any) -> None:
             largest = larger(largest, own)
         if MEASURE is not None:
             if thread == 0:
-                store(limits, SCALE, convert(scale_for(total, largest), DOUBLE))
+                store(scale_place, 0, convert(scale_for(total, largest), DOUBLE))
             return
         if scale == 1.0 and not (SMALL < total and total < LARGE):  # noqa: SIM300
             norm = largest
         else:
             norm = mul(math.sqrt(total), factor) / scale
-        skipped = beyond and load(limits, MAY_SKIP, DOUBLE) != 0.0
-        coefficient = clip_coefficient(norm, load(limits, MAX_NORM, DOUBLE))
+        skipped = beyond and load(hyper, MAY_SKIP, DOUBLE) != 0.0
+        coefficient = clip_coefficient(norm, load(hyper, MAX_NORM, DOUBLE))
+    place = steps - load(hyper, FIRST_COUNT, INT64)
+    place = max(min(place, load(hyper, TABLE_COUNT, INT64) - 1), 0)
+    groups = hyper + 8 * HYPER_TABLES
+    groups += place * load(contexts, GROUP_COUNT, INT64) * (8 * GROUP_COLUMNS)
     grads, tensors = load(contexts, GRADS, INT64), load(contexts, TENSORS, INT64)
     for k in range(thread, load(contexts, TENSOR_COUNT, INT64), threads):
         present = load(grads, k, INT64) != 0 and not skipped
         if present:
-            prepare(contexts, k, coefficient)
+            prepare(contexts, k, groups, coefficient)
         store(tensors + k * (8 * COLUMNS), ROW, INT64 if present else INT64 - 1)
+    cuda.syncthreads()  # all have read the count
     if thread == 0:
-        counter = load(contexts, STEP_COUNT, INT64)
-        steps = load(counter, 0, INT64) + (0 if skipped else 1)
+        steps += 0 if skipped else 1
         store(counter, 0, steps)
         if result != 0:
             store(result, NORM, convert(norm, DOUBLE))

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from . import _jit, _reader
 from ._arrays import address
-from ._cuda_arrays import DeviceArray, glance, has_data_ptr, stream_key, view
+from ._cuda_arrays import OWN, DeviceArray, glance, has_data_ptr, stream_key, view
 from ._memory import Memory
 
 
@@ -20,12 +19,13 @@ def _are_the_same() -> Any:
     return _jit.kernel(_reader.are_the_same)
 
 
-def lie_at(tensors: Sequence[Any], places: npt.NDArray[np.int64], which: list[int]) -> bool:
-    """Whether torch's tensors, those at the places ``which``, lie where they did."""
-    at_once = getattr(sys.modules["torch"]._C, "_tensors_data_ptrs_at_indices_equal", None)
+def lie_at(tensors: list[Any], places: list[int]) -> bool:
+    """Whether torch's tensors lie where they did."""
+    torch = sys.modules.get("torch")
+    at_once = getattr(getattr(torch, "_C", None), "_tensors_data_ptrs_at_indices_equal", None)
     if at_once is not None:  # only builds for CUDA have it
-        return bool(at_once(list(tensors), places.tolist(), which))
-    return all(tensors[k].data_ptr() == places[k] for k in which)
+        return bool(at_once(tensors, places, list(range(len(places)))))
+    return [tensor.data_ptr() for tensor in tensors] == places
 
 
 class Grads:
@@ -65,6 +65,7 @@ class Grads:
         self._references: list[Any] = []
         self._reference_ids = np.zeros(len(params), dtype=np.int64)
         self._tensors: list[int] = []
+        self._tensor_places: list[int] = []
 
     def take(self, grads: tuple[Any, ...], writable: bool) -> None:
         """Check the gradients, unless they are the last step's and lie where they lay.
@@ -84,7 +85,9 @@ class Grads:
         references = address(self._reference_ids)
         if not _are_the_same()(id(grads), references, len(grads), id(None)):
             return False
-        return not self._tensors or lie_at(grads, self.places, self._tensors)
+        # Not kept between steps, since that would keep their memory.
+        tensors = [grads[k] for k in self._tensors]
+        return not tensors or lie_at(tensors, self._tensor_places)
 
     def _look(self, grads: tuple[Any, ...], writable: bool) -> None:
         places = np.zeros_like(self.places)
@@ -98,7 +101,7 @@ class Grads:
             if trait is None or trait != known[k] or place % self._params[k].dtype.itemsize:
                 found = self._view(k, grad, writable)
                 place, key = found.address, stream_key(found)
-                if key != self._own_key:
+                if key not in (self._own_key, OWN):
                     visitors.setdefault(key, found)
                     trait = None  # to be found again, by the same way, in the next step
             # An empty array may lie at 0, which stands for None.
@@ -115,6 +118,7 @@ class Grads:
         self._references = []  # until all the rest is of these gradients
         self.places, self._traits, self._writable = places, traits, writable
         self._tensors = [k for k, grad in enumerate(grads) if has_data_ptr(grad)]
+        self._tensor_places = [grads[k].data_ptr() for k in self._tensors]
         try:
             references = [None if grad is None else weakref.ref(grad) for grad in grads]
         except TypeError:  # some objects take no weak references: they are looked at each time

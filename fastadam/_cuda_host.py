@@ -8,8 +8,9 @@ import numpy.typing as npt
 from . import _device
 from ._cuda_arrays import DeviceArray, allocate, view
 from ._cuda_plan import Plan
+from ._cuda_scalars import DeviceScalars as Scalars
 
-__all__ = ["Plan", "allocate", "assign", "take_param", "to_host"]
+__all__ = ["Plan", "Scalars", "allocate", "assign", "take_param", "to_host"]
 
 
 def take_param(array: Any, label: str) -> DeviceArray:

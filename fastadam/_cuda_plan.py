@@ -3,7 +3,8 @@
 import contextlib
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,10 @@ from . import _cuda, _device
 from ._arrays import address
 from ._cuda_arrays import DeviceArray, current_stream, has_data_ptr, view
 from ._cuda_grads import Grads, lie_at
+from ._cuda_scalars import MOST_TABLES, DeviceScalars
 from ._limits import find_nonfinite
 from ._memory import Memory
 from ._result import Outcome, PendingResult, StepResult
-from ._scalars import Scalars
 from ._state import ParamState
 from ._tables import DTYPE, SIZE, STEP, chunk_table, tensor_table
 
@@ -49,7 +50,7 @@ class Mailbox:
         else:
             self._events[place].wait()
         slot = self._slots[place]
-        slot[:] = words.view(np.float64)
+        slot[: words.size] = words.view(np.float64)
         _device.upload(target, slot.ctypes.data, words.nbytes, stream)
         self._events[place].record(stream)
         self._next = (place + 1) % SLOTS
@@ -83,46 +84,71 @@ class Results:
         """Return where the device writes."""
         return address(self._slots[slot])
 
-    def expect(self, slot: int, stream: int, lr: float) -> Outcome:
+    def expect(self, slot: int, stream: int, lr_of: Callable[[int], float]) -> Outcome:
         """Return what will be in a slot, once the stream has come as far as it is now."""
         event = self._events[slot]
         event.record(stream)
 
         def ask() -> StepResult:
             event.wait()
-            return self.read(slot, lr)
+            return self.read(slot, lr_of)
 
-        outcome = Outcome(ask)
+        outcome = Outcome(ask, event.is_past)
         self._pending[slot] = weakref.ref(outcome)
         return outcome
 
-    def read(self, slot: int, lr: float) -> StepResult:
+    def read(self, slot: int, lr_of: Callable[[int], float]) -> StepResult:
         """Return what a slot holds."""
         norm, skipped = self._slots[slot, _cuda.NORM], bool(self._slots[slot, _cuda.SKIPPED])
         count = int(self._slots.view(np.int64)[slot, _cuda.COUNT])
-        return StepResult(count if skipped else count - 1, lr, float(norm), skipped)
+        step = count if skipped else count - 1
+        return StepResult(step, lr_of(step), float(norm), skipped)
 
 
 class StepCount:
-    """The count of steps, as an array of one, read from the device if only that knows it."""
+    """The count of steps, as an array of one, waited for only where the device alone knows it."""
 
     def __init__(self, plan: "Plan", count: int) -> None:
-        self._plan, self.known = plan, count
-        # The last step that may have been skipped; whether steps are in a graph.
-        self.latest: Outcome | None = None
+        self._plan, self._known = plan, count
+        # Steps that may yet turn out to be skipped, oldest first; whether some are in a graph.
+        self._pending: deque[Outcome] = deque()
         self.replayed = False
 
-    def __getitem__(self, place: int) -> int:
+    def add(self, outcome: Outcome | None) -> None:
+        """Count a step, or one that may be skipped."""
+        if outcome is None:
+            self._known += 1
+        else:
+            while self._pending and self._pending[0].is_past():
+                self._take_oldest()
+            self._pending.append(outcome)
+
+    def possible(self) -> list[int]:
+        """Return the counts that are possible, waiting only where they are too many."""
         if self.replayed:
-            return int(self._plan.read_count())
-        if self.latest is not None:
-            last = self.latest.resolve()
-            self.known, self.latest = last.step + (not last.skipped), None
-        return self.known
+            return [self[0]]
+        pending = self._pending
+        while pending and (pending[0].is_past() or len(pending) >= MOST_TABLES):
+            self._take_oldest()
+        return list(range(self._known, self._known + len(pending) + 1))
+
+    def _take_oldest(self) -> None:
+        last = self._pending[0].resolve()
+        self._known = last.step + (not last.skipped)
+        self._pending.popleft()
+
+    def __getitem__(self, place: int) -> int:
+        # Of a step that goes into a graph nobody knows its number.
+        if self.replayed and not self._plan.is_capturing():
+            self._known = self._plan.read_count()
+        while self._pending:
+            self._take_oldest()
+        return self._known
 
     def __setitem__(self, place: int, count: int) -> None:
         self._plan.write_count(count)
-        self.known, self.latest = count, None
+        self._known = count
+        self._pending.clear()
 
 
 class Plan:
@@ -142,9 +168,9 @@ class Plan:
         labels: Sequence[str],
         steps: npt.NDArray[np.int64],
         step_count: int,
-        groups: npt.NDArray[np.float64],
+        scalars: DeviceScalars,
     ) -> None:
-        self._states, self._labels, self._groups = states, labels, groups
+        self._states, self._labels, self._scalars = states, labels, scalars
         self._params: list[DeviceArray] = [state.param for state in states]
         self.device = max(0, *(param.device for param in self._params))
         arrays: list[tuple[str, DeviceArray]] = [(state.label, state.param) for state in states]
@@ -160,9 +186,9 @@ class Plan:
             self._lay_out(steps, step_count)
         self.step_count = StepCount(self, step_count)
         self._grads = Grads(self._params, labels, self._memory)
-        self._owners = [param.owner for param in self._params]
-        self._param_places = np.array([param.address for param in self._params], dtype=np.int64)
-        self._tensors_at = [k for k, owner in enumerate(self._owners) if has_data_ptr(owner)]
+        owners = [param.owner for param in self._params]
+        self._tensor_params = [owner for owner in owners if has_data_ptr(owner)]
+        self._tensor_places = [tensor.data_ptr() for tensor in self._tensor_params]
         # What the device has been sent: hyperparameters, addresses; those of the graphs.
         self._sent_hyper = b""
         self._sent_places = np.zeros(len(states), dtype=np.int64)
@@ -175,8 +201,8 @@ class Plan:
         tensors = tensor_table(self._states, self.dtypes, place_of)
         tensors[:, STEP] = steps
         own = np.ascontiguousarray(tensors[:, : _cuda.COLUMNS])
-        self._hyper = np.zeros(self._groups.size + _cuda.LIMITS_SIZE)
-        self._hyper[self._groups.size + _cuda.SCALE] = 1.0
+        groups = self._scalars.rows
+        self._hyper = np.zeros(_cuda.HYPER_TABLES + MOST_TABLES * groups.size)
         chunks = []
         for k, dtype in enumerate(self.dtypes):
             members = np.flatnonzero(tensors[:, DTYPE] == k)
@@ -187,6 +213,7 @@ class Plan:
         parts: dict[str, npt.NDArray[Any]] = {
             "tensors": own,
             "hyper": self._hyper,
+            "scale": np.ones(1),
             "step_count": np.array([step_count]),
             "is_double": np.array([dtype.itemsize > 4 for dtype in self.dtypes], np.int64),
             "grads0": np.zeros(count, np.int64),
@@ -211,8 +238,8 @@ class Plan:
                 fields = contexts[graph, k]
                 fields[_cuda.TENSORS], fields[_cuda.TENSOR_COUNT] = places["tensors"], count
                 fields[_cuda.GRADS] = places[f"grads{graph}"]
-                fields[_cuda.ROWS], fields[_cuda.GROUPS] = places["rows"], places["hyper"]
-                fields[_cuda.LIMITS] = places["hyper"] + 8 * self._groups.size
+                fields[_cuda.ROWS], fields[_cuda.SCALE] = places["rows"], places["scale"]
+                fields[_cuda.HYPER], fields[_cuda.GROUP_COUNT] = places["hyper"], len(groups)
                 fields[_cuda.STEP_COUNT] = places["step_count"]
                 fields[_cuda.IS_DOUBLE] = places["is_double"]
                 fields[_cuda.CHUNKS] = places[f"chunks{k}"]
@@ -232,7 +259,7 @@ class Plan:
         ]
         most = max(count, *self._part_counts)
         self._settle_threads = min(1024 if most > 256 else 256, _device.MOST_THREADS)
-        self._hyper_mail = Mailbox(self._hyper.size - 1)
+        self._hyper_mail = Mailbox(self._hyper.size)
         self._grad_mail = Mailbox(count)
         self._results = Results()
         self._side = _device.side_stream()
@@ -267,6 +294,11 @@ class Plan:
             _device.upload(self._places[name], address(words), words.nbytes, 0)
             _device.synchronize(0)
 
+    def is_capturing(self) -> bool:
+        """Whether a step taken now would go into a graph."""
+        with _device.context(self.device):
+            return _device.is_capturing(current_stream(self._params[0]))
+
     def read_count(self) -> int:
         """Return the device's own count of steps, once all its work is done."""
         return int(self._read("step_count", 1)[0])
@@ -279,14 +311,14 @@ class Plan:
 
     def _check_params(self) -> None:
         """Refuse a parameter that lies elsewhere now, as a tensor can."""
-        if self._tensors_at and not lie_at(self._owners, self._param_places, self._tensors_at):
-            moved = [
-                k for k in self._tensors_at if self._owners[k].data_ptr() != self._param_places[k]
-            ]
-            raise ValueError(
-                f"{self._states[moved[0]].label} must keep the memory that it had when the"
-                f" optimizer was made"
-            )
+        if not self._tensor_params or lie_at(self._tensor_params, self._tensor_places):
+            return
+        for state in self._states:
+            param = state.param
+            if has_data_ptr(param.owner) and param.owner.data_ptr() != param.address:
+                raise ValueError(
+                    f"{state.label} must keep the memory that it had when the optimizer was made"
+                )
 
     def take_grads(self, grads: tuple[Any, ...], writable: bool) -> None:
         """Check parameters and gradients, and note where the gradients lie.
@@ -315,20 +347,19 @@ class Plan:
         """
         with _device.context(self.device):
             self.take_grads(grads, zero_grad)
+            number = self.step_count[0]
             with self._stream(limits=None) as (stream, graph):
-                number = self.step_count[0]
                 self._settle(stream, graph, result=0, limited=False)
                 self._update(stream, graph, zero_grad)
                 if graph == EAGER:
-                    self.step_count.known = number + 1
+                    self.step_count.add(None)
         return number
 
     def limited_step(
         self,
         grads: tuple[Any, ...],
         zero_grad: bool,
-        lr: float,
-        scalars: Scalars,
+        lr: float,  # noqa: ARG002
         max_grad_norm: float | None,
         nonfinite: str,
     ) -> StepResult:
@@ -343,38 +374,38 @@ class Plan:
         """
         with _device.context(self.device):
             self.take_grads(grads, zero_grad)
-            limits = (scalars.inverse, max_grad_norm, nonfinite)
+            limits, lr_of = (max_grad_norm, nonfinite), self._scalars.lr_of()
             with self._stream(limits) as (stream, graph):
                 if graph == CAPTURED:
                     slot = SLOTS
-                    outcome = Outcome(lambda: self._replayed(lr), lasting=False)
+                    outcome = Outcome(lambda: self._replayed(lr_of), lasting=False)
                 else:
                     slot = self._results.slot()
                 self._settle(stream, graph, self._results.address(slot), limited=True)
                 if graph == EAGER:
-                    outcome = self._results.expect(slot, stream, lr)
+                    outcome = self._results.expect(slot, stream, lr_of)
                     if nonfinite == "raise":
-                        self._raise_if_skipped(outcome, grads, scalars)
+                        self._raise_if_skipped(outcome, grads)
                 self._update(stream, graph, zero_grad)
                 if graph == EAGER:
-                    self.step_count.latest = outcome
+                    self.step_count.add(outcome if nonfinite == "skip" else None)
         return PendingResult.of(outcome)
 
-    def _replayed(self, lr: float) -> StepResult:
+    def _replayed(self, lr_of: Callable[[int], float]) -> StepResult:
         with _device.context(self.device):
             _device.synchronize_all()
-            return self._results.read(SLOTS, lr)
+            return self._results.read(SLOTS, lr_of)
 
-    def _raise_if_skipped(
-        self, outcome: Outcome, grads: tuple[Any, ...], scalars: Scalars
-    ) -> None:
+    def _raise_if_skipped(self, outcome: Outcome, grads: tuple[Any, ...]) -> None:
         if outcome.resolve().skipped:
             on_host = [
                 None if grad is None else view(grad, label, writable=False).copy_to_host()
                 for grad, label in zip(grads, self._labels, strict=True)
             ]
             raise FloatingPointError(
-                find_nonfinite(on_host, self._labels, scalars.inverse, math.inf, scalars.largest)
+                find_nonfinite(
+                    on_host, self._labels, self._scalars.inverse, math.inf, self._scalars.largest
+                )
             )
 
     @contextlib.contextmanager
@@ -395,7 +426,7 @@ class Plan:
             self._order.hold(other)
 
     def _check_graph(self, limits: Any) -> None:
-        if limits is not None and limits[2] == "raise":
+        if limits is not None and limits[1] == "raise":
             raise RuntimeError("nonfinite='raise' waits for the device: not in a CUDA graph")
         if not self.step_count.replayed:
             self._graph_limited = limits is not None
@@ -423,20 +454,27 @@ class Plan:
             self._sent_places = self._grads.places
 
     def _send_hyper(self, limits: Any, stream: int) -> None:
-        words, size = self._hyper, self._groups.size
-        words[:size] = self._groups.reshape(-1)
+        scalars, start = self._scalars, _cuda.HYPER_TABLES
+        size = scalars.rows.size
+        words = self._hyper[: start + len(scalars.tables) * size]
+        for k, table in enumerate(scalars.tables):
+            words[start + k * size : start + (k + 1) * size] = table.reshape(-1)
+        counts = words.view(np.int64)
+        counts[_cuda.TABLE_COUNT], counts[_cuda.FIRST_COUNT] = len(scalars.tables), 0
+        if len(scalars.tables) > 1:
+            counts[_cuda.FIRST_COUNT] = scalars.first
         if limits is not None:
-            factor, max_grad_norm, nonfinite = limits
-            words[size + _cuda.FACTOR] = factor
-            words[size + _cuda.MAX_NORM] = math.inf if max_grad_norm is None else max_grad_norm
-            words[size + _cuda.MAY_SKIP] = nonfinite != "propagate"
-        image = words[:-1].tobytes()
+            max_grad_norm, nonfinite = limits
+            words[_cuda.FACTOR] = scalars.inverse
+            words[_cuda.MAX_NORM] = math.inf if max_grad_norm is None else max_grad_norm
+            words[_cuda.MAY_SKIP] = nonfinite != "propagate"
+        image = words.tobytes()
         if image != self._sent_hyper:
             self._sent_hyper = b""  # until it is on its way
-            self._hyper_mail.send(words[:-1], self._places["hyper"], stream)
+            self._hyper_mail.send(words, self._places["hyper"], stream)
             self._sent_hyper = image
 
-    def prepare_replay(self, limits: Any) -> None:
+    def prepare_replay(self, max_grad_norm: float | None, nonfinite: str) -> None:
         """Bring the hyperparameters that a graph reads up to date.
 
         Raises
@@ -446,11 +484,13 @@ class Plan:
         """
         if not self.step_count.replayed:
             raise RuntimeError("prepare_replay needs a step in a CUDA graph, got none captured")
-        if self._graph_limited != (limits is not None):
+        limited = max_grad_norm is not None or nonfinite != "propagate"
+        if self._graph_limited != limited:
             raise RuntimeError(
                 "max_grad_norm and nonfinite must be on or off as when the CUDA graph was captured"
             )
         with _device.context(self.device):
+            limits = (max_grad_norm, nonfinite) if limited else None
             self._send_hyper(limits, current_stream(self._params[0]))
 
     def _context(self, graph: int, k: int) -> int:

@@ -6,9 +6,10 @@ import numpy.typing as npt
 
 from ._arrays import check_param
 from ._plan import Plan
+from ._scalars import Scalars
 from ._state import allocate
 
-__all__ = ["Plan", "allocate", "assign", "take_param", "to_host"]
+__all__ = ["Plan", "Scalars", "allocate", "assign", "take_param", "to_host"]
 
 
 def take_param(array: Any, label: str) -> npt.NDArray[Any]:

@@ -50,8 +50,8 @@ class Plan:
         Steps that each has had.
     step_count : int
         Steps of the optimizer.
-    groups : float64 array, shape (groups, GROUP_COLUMNS)
-        Read in every step.
+    scalars : Scalars
+        The groups' hyperparameters, read in every step.
 
     Raises
     ------
@@ -65,7 +65,7 @@ class Plan:
         labels: Sequence[str],
         steps: npt.NDArray[np.int64],
         step_count: int,
-        groups: npt.NDArray[np.float64],
+        scalars: Scalars,
     ) -> None:
         self._states, self._labels = states, labels
         # Counted where the parameters' own steps are, in the kernel: no signal comes between.
@@ -81,13 +81,13 @@ class Plan:
 
         dtypes = list(dict.fromkeys(state.param.dtype for state in states))
         self._tensors = tensor_table(states, dtypes, address)
-        self._groups = groups
+        self._scalars = scalars
         self.steps = steps
         shared = {
             TENSORS: address(self._tensors),
             TENSOR_COUNT: len(self._tensors),
-            GROUPS: address(groups),
-            GROUP_COUNT: len(groups),
+            GROUPS: address(scalars.rows),
+            GROUP_COUNT: len(scalars.rows),
             OWN_MEMORY: address(self._memory.blocks),
             OWN_COUNT: len(self._memory.blocks),
             NDARRAY: id(np.ndarray),
@@ -249,7 +249,6 @@ class Plan:
         grads: tuple[Any, ...],
         zero_grad: bool,
         lr: float,
-        scalars: Scalars,
         max_grad_norm: float | None,
         nonfinite: str,
     ) -> StepResult:
@@ -262,7 +261,7 @@ class Plan:
         FloatingPointError
             With ``nonfinite="raise"``, for a gradient that is not finite.
         """
-        grads = self.take_grads(grads, zero_grad)
+        grads, scalars = self.take_grads(grads, zero_grad), self._scalars
         norm = self.norm(grads, scalars.inverse)
         if nonfinite != "propagate":
             found = find_nonfinite(grads, self._labels, scalars.inverse, norm, scalars.largest)
@@ -275,7 +274,7 @@ class Plan:
         scalars.clip(clip_coefficient(norm, max_grad_norm))
         return StepResult(self.update(zero_grad), lr, norm)
 
-    def prepare_replay(self, limits: Any) -> None:  # noqa: ARG002
+    def prepare_replay(self, *_: Any) -> None:
         """Refuse: there are no graphs here."""
         raise RuntimeError("prepare_replay needs parameters on a CUDA device, got NumPy arrays")
 

@@ -1,5 +1,6 @@
 """What a step tells the user."""
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -40,6 +41,9 @@ class StepResult(NamedTuple):
     skipped: bool = False
 
 
+_one_at_a_time = threading.Lock()
+
+
 class Outcome:
     """What a step will have to tell, asked for when it is first read.
 
@@ -47,23 +51,35 @@ class Outcome:
     ----------
     ask : callable
         Waits for the device.
+    is_past : callable
+        Whether there is nothing left to wait for.
     lasting : bool
         False for a step in a graph, of which each replay tells anew.
     """
 
-    def __init__(self, ask: Callable[[], StepResult], *, lasting: bool = True) -> None:
-        self._ask, self._lasting = ask, lasting
+    def __init__(
+        self,
+        ask: Callable[[], StepResult],
+        is_past: Callable[[], bool] = lambda: False,
+        *,
+        lasting: bool = True,
+    ) -> None:
+        self._ask, self._is_past, self._lasting = ask, is_past, lasting
         self._known: StepResult | None = None
+
+    def is_past(self) -> bool:
+        """Whether it can be had without waiting."""
+        return self._known is not None or self._is_past()
 
     def resolve(self) -> StepResult:
         """Wait for it, once, if it lasts."""
-        known = self._known
-        if known is None:
-            known = self._ask()
-            if self._lasting:
-                self._known = known
-                del self._ask  # and with it what it holds
-        return known
+        with _one_at_a_time:  # another thread's step may be about to use the place again
+            known = self._known
+            if known is None:
+                known = self._ask()
+                if self._lasting:
+                    self._known = known
+            return known
 
 
 class PendingResult(StepResult):

@@ -1,6 +1,6 @@
 """A step's scalars: what the groups ask for, checked, in float64, for the backend to cast."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,13 +48,13 @@ class Scalars:
 
     def refresh(
         self,
-        step_count: npt.NDArray[np.int64],
+        step_count: Sequence[int] | npt.NDArray[np.int64],
         schedule: Callable[[int], float] | None,
         grad_scale: float,
     ) -> float:
         """Bring the rows up to date; return the first group's learning rate.
 
-        ``step_count``, shape (1,), holds what the schedule is asked for.
+        ``step_count``, of length 1, holds what the schedule is asked for.
 
         Raises
         ------

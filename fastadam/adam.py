@@ -10,7 +10,6 @@ from . import _options
 from ._containers import FixedSequence, check_same
 from ._groups import Groups, describe
 from ._result import StepResult
-from ._scalars import Scalars
 from ._state import export_state, import_state
 
 _new = tuple.__new__
@@ -138,8 +137,9 @@ class Adam:
 
     def _install(self, groups: Groups, steps: Any, step_count: int) -> None:
         """Lay out the tables that the kernels read; raise before anything is replaced."""
-        scalars = Scalars(groups)
-        plan = groups.backend.Plan(groups.states, groups.labels, steps, step_count, scalars.rows)
+        backend = groups.backend
+        scalars = backend.Scalars(groups)
+        plan = backend.Plan(groups.states, groups.labels, steps, step_count, scalars)
         self._groups, self._plan, self._scalars = groups, plan, scalars
         self._flatten = groups.flattener()
         # The gradients of our own, made when first asked for: as the user has them, and in a row.
@@ -245,7 +245,7 @@ class Adam:
                 return _new(StepResult, (plan.step(flat, zero_grad), lr, None, False))
 
             result: StepResult = plan.limited_step(
-                flat, zero_grad, lr, self._scalars, self._max_grad_norm, self._nonfinite
+                flat, zero_grad, lr, self._max_grad_norm, self._nonfinite
             )
             return result
 
@@ -272,11 +272,8 @@ class Adam:
             checked and are not to be now, or the reverse; if a step is under way.
         """
         with take_turn(self._lock):
-            plan, scalars = self._plan, self._scalars
-            scalars.refresh(plan.step_count, self._schedule, grad_scale)
-            limits = (scalars.inverse, self._max_grad_norm, self._nonfinite)
-            limited = self._max_grad_norm is not None or self._nonfinite != "propagate"
-            plan.prepare_replay(limits if limited else None)
+            self._scalars.refresh(self._plan.step_count, self._schedule, grad_scale)
+            self._plan.prepare_replay(self._max_grad_norm, self._nonfinite)
 
     def _rehearsals(self) -> tuple[Any, list[tuple[Any, tuple[Any, ...]]]]:
         """Return calls of all kernels that `step` may need, each on nothing, and who keeps it."""
