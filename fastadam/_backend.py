@@ -60,6 +60,9 @@ class Backend(Protocol):
     def to_host(self, array: Any) -> npt.NDArray[Any]:
         """Return a copy as a NumPy array of the same memory order."""
 
+    def check_copyable(self) -> None:
+        """Refuse to copy or pickle an optimizer, where its arrays cannot be."""
+
 
 # What an array has, that lives on a device or is another library's.
 _INTERFACES = ("__cuda_array_interface__", "data_ptr", "__dlpack_device__", "__cuda_ndarray__")

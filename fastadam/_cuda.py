@@ -68,7 +68,7 @@ UPDATE_THREADS = 256
 WARP = 32
 WARPS = 2 if _device.SIMULATED else 8
 SUM_THREADS = WARP * WARPS
-SETTLE_THREADS = 1024
+SETTLE_THREADS = 512
 # Elements that a thread of `sum_kernel` asks for before it adds the first.
 AHEAD = 16
 # Parts added at a time.
@@ -479,10 +479,10 @@ def update_kernel(
 @functools.cache
 def sum_kernel(dtype: np.dtype[Any]) -> Kernel:
     """Return the kernel that sums the squares of such gradients."""
-    return Kernel(sum_squares, 2, SUM_THREADS, FLOAT=dtype.type)
+    return Kernel(sum_squares, 2, (SUM_THREADS, 4), FLOAT=dtype.type)
 
 
 @functools.cache
 def settle_kernel(*, limited: bool, measure: bool = False) -> Kernel:
     """Return the kernel that decides, or, to ``measure``, finds what to scale squares by."""
-    return Kernel(settle, 2, SETTLE_THREADS, LIMITED=limited or None, MEASURE=measure or None)
+    return Kernel(settle, 2, (SETTLE_THREADS, 1), LIMITED=limited or None, MEASURE=measure or None)

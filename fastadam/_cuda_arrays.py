@@ -91,10 +91,7 @@ class DeviceArray:
         raise TypeError("an array on a CUDA device must be copied: array.copy_to_host()")
 
     def __reduce__(self) -> Any:
-        raise TypeError(
-            "an optimizer over arrays on a CUDA device cannot be copied or pickled: make a new"
-            " one, and give it the state_dict() of this one, which is in the host's memory"
-        )
+        raise TypeError("an array on a CUDA device must be copied: array.copy_to_host()")
 
     def __repr__(self) -> str:
         return f"DeviceArray(shape={self.shape}, dtype={self.dtype}, device={self.device})"
@@ -203,6 +200,8 @@ def current_stream(array: DeviceArray) -> int:
         return int(torch.cuda.current_stream(array.device).cuda_stream)
     if library == "cupy":
         return int(sys.modules["cupy"].cuda.get_current_stream().ptr)
+    if library == "numba":  # its interface takes microseconds
+        return int(getattr(owner, "stream", 0) or 0)
     interface = getattr(owner, "__cuda_array_interface__", None)
     return int((interface or {}).get("stream") or 0)
 

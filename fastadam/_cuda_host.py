@@ -10,7 +10,7 @@ from ._cuda_arrays import DeviceArray, allocate, view
 from ._cuda_plan import Plan
 from ._cuda_scalars import DeviceScalars as Scalars
 
-__all__ = ["Plan", "Scalars", "allocate", "assign", "take_param", "to_host"]
+__all__ = ["Plan", "Scalars", "allocate", "assign", "check_copyable", "take_param", "to_host"]
 
 
 def take_param(array: Any, label: str) -> DeviceArray:
@@ -32,3 +32,17 @@ def assign(target: DeviceArray, source: Any) -> None:
 def to_host(array: Any) -> npt.NDArray[Any]:
     """Return a copy of the same memory order."""
     return view(array, "array", writable=False).copy_to_host()
+
+
+def check_copyable() -> None:
+    """Refuse to copy or pickle an optimizer.
+
+    Raises
+    ------
+    TypeError
+        Always.
+    """
+    raise TypeError(
+        "an optimizer over arrays on a CUDA device cannot be copied or pickled: make a new one,"
+        " and give it the state_dict() of this one, which is in the host's memory"
+    )

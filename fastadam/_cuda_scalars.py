@@ -1,15 +1,66 @@
 """A step's scalars where the host does not know how many steps have been skipped."""
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from . import _device
+from ._result import Outcome
 from ._scalars import Scalars
 
 # Counts of steps, and so tables, for which a schedule is asked at a time.
 MOST_TABLES = 16
+
+
+class StepCount:
+    """The count of steps, as an array of one, waited for only where the device alone knows it."""
+
+    def __init__(self, plan: Any, count: int) -> None:
+        self._plan, self._known = plan, count
+        # Steps that may yet turn out to be skipped, oldest first; whether some are in a graph.
+        self._pending: deque[Outcome] = deque()
+        self.replayed = False
+
+    def add(self, outcome: Outcome | None) -> None:
+        """Count a step, or one that may be skipped."""
+        if outcome is None:
+            self._known += 1
+        else:
+            while self._pending and self._pending[0].is_past():
+                self._take_oldest()
+            self._pending.append(outcome)
+
+    def possible(self) -> list[int]:
+        """Return the counts that are possible, waiting only where they are too many."""
+        if self.replayed:
+            return [self[0]]
+        pending = self._pending
+        with _device.relaxed():
+            while pending and (pending[0].is_past() or len(pending) >= MOST_TABLES):
+                self._take_oldest()
+        return list(range(self._known, self._known + len(pending) + 1))
+
+    def _take_oldest(self) -> None:
+        last = self._pending[0].resolve()
+        self._known = last.step + (not last.skipped)
+        self._pending.popleft()
+
+    def __getitem__(self, place: int) -> int:
+        # Of a step that goes into a graph nobody knows its number.
+        if self.replayed and not self._plan.is_capturing():
+            self._known = self._plan.read_count()
+            self._pending.clear()
+        while self._pending:
+            self._take_oldest()
+        return self._known
+
+    def __setitem__(self, place: int, count: int) -> None:
+        self._plan.write_count(count)
+        self._known = count
+        self._pending.clear()
 
 
 class DeviceScalars(Scalars):

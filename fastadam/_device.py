@@ -23,6 +23,8 @@ if importlib.util.find_spec("numba_cuda") is None:
 from numba import cuda  # noqa: E402
 
 SIMULATED = bool(config.ENABLE_CUDASIM)
+# Launches are remembered by their size and stream, up to so many.
+MOST_LAUNCHERS = 64
 # The simulator's threads are Python's.
 MOST_THREADS = 8 if SIMULATED else 1024
 
@@ -51,6 +53,7 @@ class Kernel:
     ) -> None:
         self.function = bind(function, **constants)
         self.arguments, self.bounds = arguments, bounds
+        self._launchers: dict[tuple[int, int, int, int], Any] = {}
 
     @property
     def signature(self) -> Any:
@@ -68,10 +71,17 @@ class Kernel:
         """Compile it now."""
         _ = self.compiled
 
-    def launch(self, blocks: int, threads: int, stream: int, *arguments: int) -> None:
-        """Start it, unless there is no block to start."""
-        if blocks:
-            self.compiled[blocks, threads, stream_object(stream)](*arguments)
+    def launch(self, device: int, blocks: int, threads: int, stream: int, *arguments: int) -> None:
+        """Start it on the current device, unless there is no block to start."""
+        start = self._launchers.get((device, blocks, threads, stream))
+        if start is None:
+            if not blocks:
+                return
+            if len(self._launchers) == MOST_LAUNCHERS:  # streams come and go
+                self._launchers.clear()
+            start = launcher(self.compiled, blocks, threads, stream)
+            self._launchers[device, blocks, threads, stream] = start
+        start(*arguments)
 
 
 def inline(function: Callable[..., Any]) -> Any:
@@ -80,11 +90,6 @@ def inline(function: Callable[..., Any]) -> Any:
         return cuda.jit(_simulator.quiet(function), device=True)
     # By the compiler behind Numba: what is None has been pruned by then.
     return cuda.jit(device=True, forceinline=True)(function)
-
-
-def context(device: int) -> Any:
-    """Return a context manager in which calls concern this device."""
-    return cuda.gpus[device]
 
 
 def compute_capability(device: int) -> tuple[int, int]:
@@ -115,13 +120,15 @@ if TYPE_CHECKING or not SIMULATED:
         Event,
         address_of_buffer,
         clear,
+        context,
         copy,
         device_of,
         download,
         is_capturing,
+        launcher,
         multiprocessors,
+        relaxed,
         side_stream,
-        stream_object,
         synchronize,
         upload,
     )
@@ -132,22 +139,24 @@ else:
         Event,
         address_of_buffer,
         clear,
+        context,
         convert,
         copy,
         device_of,
         download,
         fma,
         is_capturing,
+        launcher,
         load,
         load4,
         mul,
         multiprocessors,
         only_if,
+        relaxed,
         root,
         side_stream,
         store,
         store4,
-        stream_object,
         synchronize,
         upload,
     )
@@ -174,12 +183,14 @@ __all__ = [
     "fma",
     "inline",
     "is_capturing",
+    "launcher",
     "load",
     "load4",
     "mul",
     "multiprocessors",
     "only_if",
     "pinned",
+    "relaxed",
     "root",
     "side_stream",
     "store",

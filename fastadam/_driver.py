@@ -1,8 +1,13 @@
 """Memory, streams and events of a CUDA device, by way of numba-cuda's driver."""
 
+import contextlib
+import ctypes
 import functools
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
+from cuda.core import LaunchConfig, launch
 from numba import cuda
 from numba.cuda.cudadrv.driver import binding, driver
 
@@ -13,6 +18,37 @@ Address = int
 def stream_object(handle: int) -> Any:
     """Return what numba-cuda calls a stream, for another library's handle."""
     return cuda.external_stream(handle) if handle else 0
+
+
+def launcher(compiled: Any, blocks: int, threads: int, stream: int) -> Any:
+    """Return what starts a kernel whose arguments are int64, on the current device."""
+    with warnings.catch_warnings():  # of few blocks: if there is one, one is meant
+        warnings.simplefilter("ignore")
+        configured = compiled[blocks, threads, stream_object(stream)]
+    try:
+        # What numba-cuda comes to, once it has looked at the arguments' types: a third of
+        # the time.
+        (kernel,) = compiled.overloads.values()
+        function = kernel._codelibrary.get_cufunc().kernel
+        config = LaunchConfig(grid=configured.griddim, block=configured.blockdim)
+        queue = configured.stream
+    except (AttributeError, ValueError):  # in a version to come
+        return configured
+    return lambda *arguments: launch(queue, config, function, *map(ctypes.c_int64, arguments))
+
+
+# The handles of the devices' contexts, which they have had since they were first asked for.
+_contexts: dict[int, int] = {}
+_NOTHING = contextlib.nullcontext()
+
+
+def context(device: int) -> Any:
+    """Return a context manager in which calls concern this device."""
+    if int(binding.cuCtxGetCurrent()[1]) == _contexts.get(device):
+        return _NOTHING
+    gpu = cuda.gpus[device]
+    _contexts[device] = int(gpu.get_primary_context().handle)
+    return gpu
 
 
 def address_of_buffer(buffer: Any) -> Address:
@@ -48,14 +84,29 @@ def synchronize(stream: int) -> None:
 
 def is_capturing(stream: int) -> bool:
     """Whether what is started on the stream goes into a graph, to be run later."""
-    status = driver.cuStreamIsCapturing(stream)
+    error, status = binding.cuStreamIsCapturing(stream)  # asked in every step
+    if error != binding.CUresult.CUDA_SUCCESS:
+        status = driver.cuStreamIsCapturing(stream)  # raises
     return int(status) != int(binding.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE)
 
 
-def side_stream() -> int:
-    """Return a new stream that waits for no other."""
-    flags = binding.CUstream_flags.CU_STREAM_NON_BLOCKING
-    return int(driver.cuStreamCreate(int(flags)))
+@contextlib.contextmanager
+def relaxed() -> Iterator[None]:
+    """Allow this thread, while a stream is captured, what does not concern that stream."""
+    mode = binding.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    before = driver.cuThreadExchangeStreamCaptureMode(mode)
+    try:
+        yield
+    finally:
+        driver.cuThreadExchangeStreamCaptureMode(before)
+
+
+@functools.cache
+def side_stream(device: int) -> int:
+    """Return a stream that waits for no other, the same one each time."""
+    with context(device):
+        flags = binding.CUstream_flags.CU_STREAM_NON_BLOCKING
+        return int(driver.cuStreamCreate(int(flags)))
 
 
 def device_of(address: Address) -> int:

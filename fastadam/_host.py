@@ -9,7 +9,7 @@ from ._plan import Plan
 from ._scalars import Scalars
 from ._state import allocate
 
-__all__ = ["Plan", "Scalars", "allocate", "assign", "take_param", "to_host"]
+__all__ = ["Plan", "Scalars", "allocate", "assign", "check_copyable", "take_param", "to_host"]
 
 
 def take_param(array: Any, label: str) -> npt.NDArray[Any]:
@@ -26,3 +26,7 @@ def assign(target: npt.NDArray[Any], source: Any) -> None:
 def to_host(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return a copy of the same memory order."""
     return array.copy("K")
+
+
+def check_copyable() -> None:
+    """Refuse nothing: NumPy's arrays can be copied and pickled."""

@@ -82,47 +82,35 @@ class Outcome:
             return known
 
 
-class PendingResult(StepResult):
-    """A result that a device may still be working on: what is read is waited for."""
+class PendingResult:
+    """A `StepResult` that a device may still be working on: what is read is waited for."""
 
-    _outcome: Outcome
+    # No tuple, whose items C code would read without asking, but taken for what it will be.
+    __class__ = property(lambda _: StepResult)
 
-    @classmethod
-    def of(cls, outcome: Outcome) -> "PendingResult":
-        """Return the result that an outcome will be."""
-        result = tuple.__new__(cls, (None,) * 4)
-        result._outcome = outcome
-        return result
+    def __init__(self, outcome: Outcome) -> None:
+        self._outcome = outcome
 
-    def resolve(self) -> StepResult:
-        """Wait for it."""
-        return self._outcome.resolve()
-
-    step = property(lambda self: self.resolve()[0])
-    lr = property(lambda self: self.resolve()[1])
-    grad_norm = property(lambda self: self.resolve()[2])
-    skipped = property(lambda self: self.resolve()[3])
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._outcome.resolve(), name)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.resolve())
+        return iter(self._outcome.resolve())
 
     def __getitem__(self, place: Any) -> Any:
-        return tuple(self.resolve())[place]
+        return self._outcome.resolve()[place]
 
-    def __contains__(self, value: object) -> bool:
-        return value in tuple(self.resolve())
+    def __len__(self) -> int:
+        return len(StepResult._fields)
 
     def __eq__(self, other: object) -> bool:
-        return tuple(self.resolve()) == other
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
+        return self._outcome.resolve() == (tuple(other) if isinstance(other, tuple) else other)
 
     def __hash__(self) -> int:
-        return hash(tuple(self.resolve()))
+        return hash(self._outcome.resolve())
 
     def __reduce__(self) -> Any:
-        return StepResult, tuple(self.resolve())
+        return StepResult, tuple(self)
 
     def __repr__(self) -> str:
-        return repr(self.resolve())
+        return repr(self._outcome.resolve())

@@ -4,6 +4,7 @@ A device's address is an address here. Arithmetic is rounded as on a device, the
 multiply-add once, so that a simulated step has a real one's bits.
 """
 
+import contextlib
 import ctypes
 import functools
 from collections.abc import Callable
@@ -102,6 +103,11 @@ def address_of_buffer(buffer: Any) -> int:
     return int(buffer.ctypes.data)
 
 
+def context(device: int) -> Any:
+    """There is one device."""
+    return contextlib.nullcontext()
+
+
 def clear(address: int, size: int, stream: int) -> None:
     """As in `_device`."""
     ctypes.memset(address, 0, size)
@@ -124,12 +130,17 @@ def is_capturing(stream: int) -> bool:
     return False
 
 
-def stream_object(handle: int) -> int:
-    """There is one stream."""
-    return 0
+def relaxed() -> Any:
+    """There are no graphs."""
+    return contextlib.nullcontext()
 
 
-def side_stream() -> int:
+def launcher(compiled: Any, blocks: int, threads: int, stream: int) -> Any:
+    """As in `_driver`; a kernel here remembers one size only."""
+    return lambda *arguments: compiled[blocks, threads](*arguments)
+
+
+def side_stream(device: int) -> int:
     """There is one stream."""
     return 0
 

@@ -498,6 +498,7 @@ class Adam:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what holds addresses: a copy must not write to the original's arrays."""
+        self._groups.backend.check_copyable()
         left_out = ("_lock", "_plan", "_scalars", "_flatten", "_grads", "_own_grads")
         with take_turn(self._lock):
             kept = {name: value for name, value in vars(self).items() if name not in left_out}

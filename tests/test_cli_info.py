@@ -9,6 +9,7 @@ from argparse import Namespace
 import pytest
 
 import fastadam
+from fastadam.bench import driver
 from fastadam.cli import info, probe
 
 # Whatever the tests themselves run under must not reach the child.
@@ -74,8 +75,10 @@ class TestGather:
         assert facts["threads"]["layers"][facts["threads"]["layer"]]["available"]
         assert facts["threads"]["seen"] >= 1
         assert facts["simd"]["summary"]
-        assert facts["gpu"]["used"] is False
-        assert "CPU only" in facts["gpu"]["summary"]
+        assert facts["gpu"].keys() == {"used", "visible", "devices", "package", "summary"}
+        if not facts["gpu"]["visible"]:
+            assert facts["gpu"]["used"] is False
+            assert "CPU only" in facts["gpu"]["summary"]
         assert facts["cache"]["writable"] == (facts["cache"]["folder"] is not None)
 
     def test_text(self):
@@ -233,14 +236,50 @@ class TestParts:
             def cuInit(self, _):  # noqa: N802
                 return 100
 
-        monkeypatch.setattr(probe.sys, "platform", "linux")
-        monkeypatch.setattr(probe.ctypes, "CDLL", lambda _: Driver())
+        monkeypatch.setattr(driver.sys, "platform", "linux")
+        monkeypatch.setattr(driver.ctypes, "CDLL", lambda _: Driver())
         assert probe.cuda_devices() == (
             "the NVIDIA driver is there but finds no GPU (CUDA error 100)",
             [],
         )
 
-    def test_gpu_is_named(self, monkeypatch):
-        monkeypatch.setattr(probe, "cuda_devices", lambda: ("", ["GPU A"]))
+    @pytest.mark.parametrize(
+        ("package", "used", "summary"),
+        [
+            (None, True, "GPU A, compute capability 9.0, 80.0 GiB"),
+            ("not installed: x", False, "GPU A, compute capability 9.0, 80.0 GiB; not used"),
+        ],
+    )
+    def test_gpu_is_named(self, monkeypatch, package, used, summary):
+        device = {"name": "GPU A", "compute_capability": "9.0", "memory_bytes": 80 * 2**30}
+        monkeypatch.setattr(probe, "cuda_devices", lambda: ("", [device]))
+        monkeypatch.setattr(probe, "_cuda_package", lambda: package)
         found = probe.gpu()
-        assert found["summary"] == "GPU A visible, not used; this version runs on the CPU only"
+        assert (found["used"], found["summary"]) == (used, summary)
+        assert (found["visible"], found["package"]) == (["GPU A"], package)
+
+    @pytest.mark.parametrize(
+        ("error", "expected"),
+        [
+            (
+                ImportError("need numba-cuda: pip install 'fastadam[cuda13]'", name="numba_cuda"),
+                "not installed: pip install 'fastadam[cuda13]'",
+            ),
+            (ImportError("no cuda.bindings", name="cuda"), "does not work: no cuda.bindings"),
+            (OSError("a library\nis bad"), "does not work: OSError: a library is bad"),
+        ],
+    )
+    def test_cuda_package(self, monkeypatch, error, expected):
+        def import_module(_):
+            raise error
+
+        monkeypatch.setattr(probe, "import_module", import_module)
+        assert probe._cuda_package() == expected
+
+    def test_absent_package_is_a_line(self, monkeypatch, capsys):
+        facts = facts_of()
+        facts["gpu"] = {"package": "not installed: pip install x", "summary": "no driver"}
+        monkeypatch.setattr(info, "gather", lambda: facts)
+        assert info.run(Namespace(json=False)) == 0
+        out = capsys.readouterr().out
+        assert "GPU       no driver\n          CUDA: not installed: pip install x\n" in out

@@ -16,9 +16,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["Comparison", "Spread", "Steps", "burst", "compare", "spread"]
+__all__ = [
+    "CUDA_BURST",
+    "Comparison",
+    "Spread",
+    "Steps",
+    "burst",
+    "compare",
+    "host_costs",
+    "spread",
+]
 
 BURST = 5e-3  # seconds that a timed burst of steps should take
+CUDA_BURST = 20e-3  # and on a device, which is waited for once at its end
 WARM_UP = 1e-3  # seconds of untimed steps before it
 # OpenMP's threads spin for a while after their last region, and would hold a core that the other
 # contender needs. A turn begins with a rest.
@@ -30,6 +40,9 @@ LEAST_ROUNDS = 5
 BUDGET = 4.0
 # A burst with refills between its steps takes longer than its timed part: limit both.
 MOST_REFILLED = 200
+# Calls in a row whose cost on the host is timed: so few that the device's queue, of some 1,000
+# launches, cannot be full.
+CALLS = 4
 
 
 class Steps(Protocol):
@@ -163,13 +176,14 @@ def compare(
     rounds: int,
     refill: bool = False,
     budget: float = BUDGET,
+    burst_seconds: float = BURST,
     on_round: Callable[[int, int], Any] = lambda _done, _rounds: None,
 ) -> Comparison:
     """Let two contenders take turns.
 
     A turn is a rest, warm-up steps that are not timed (at least 2, or 1 if a
     step takes longer than 0.1 s) and a burst of as many steps as fit into
-    5 ms, at least 1.
+    `burst_seconds`, at least 1.
 
     Parameters
     ----------
@@ -182,6 +196,8 @@ def compare(
         As in `burst`, for both.
     budget : float
         Seconds.
+    burst_seconds : float
+        How long a timed burst should take.
     on_round : callable
         Called with the rounds done and the rounds planned.
 
@@ -192,8 +208,8 @@ def compare(
     """
     plans, round_seconds = [], 0.0
     for contender in (first, second):
-        seconds = _calibrate(contender, refill=refill)
-        number = max(1, round(BURST / seconds))
+        seconds = _calibrate(contender, burst_seconds, refill=refill)
+        number = max(1, round(burst_seconds / seconds))
         warm_up = max(2, math.ceil(WARM_UP / seconds)) if seconds < LONG else 1
         if refill:
             number, warm_up = min(number, MOST_REFILLED), min(warm_up, MOST_REFILLED)
@@ -212,7 +228,60 @@ def compare(
     return Comparison(*times, plans[0][1], plans[1][1])
 
 
-def _calibrate(contender: Steps, *, refill: bool) -> float:
+def host_costs(
+    first: Steps,
+    second: Steps,
+    *,
+    rounds: int,
+    budget: float = BUDGET / 4,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[list[float], list[float]]:
+    """Time the calls alone, of contenders whose steps run on a device later on.
+
+    The device has nothing to do when a turn begins, and is not waited for
+    within it.
+
+    Parameters
+    ----------
+    first, second : Steps
+        The contenders, both warm.
+    rounds : int
+        How often each has its turn, at most: fewer, but no fewer than 5, if
+        they take longer than `budget`.
+    budget : float
+        Seconds.
+    clock : callable
+        Returns seconds.
+
+    Returns
+    -------
+    seconds, other_seconds : lists of float
+        Seconds per call of the first and the second contender, per round.
+    """
+    times: tuple[list[float], list[float]] = ([], [])
+    ends = clock() + budget
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        for turn in range(rounds):
+            if turn >= LEAST_ROUNDS and clock() > ends:
+                break
+            for which in (0, 1) if turn % 2 == 0 else (1, 0):
+                contender = (first, second)[which]
+                step = contender.step
+                contender.wait()
+                began = clock()
+                for _ in range(CALLS):
+                    step()
+                times[which].append((clock() - began) / CALLS)
+                contender.wait()
+    finally:
+        if collects:
+            gc.enable()
+    return times
+
+
+def _calibrate(contender: Steps, burst_seconds: float, *, refill: bool) -> float:
     """Return about how many seconds a step takes, once it is compiled and in the caches."""
     burst(contender, 1, refill=refill)  # compiles, starts threads, touches the state's memory
     number = 1
@@ -220,6 +289,6 @@ def _calibrate(contender: Steps, *, refill: bool) -> float:
         seconds = burst(contender, number, refill=refill)
         if seconds < LONG:  # one burst can be held up by whatever else runs
             seconds = min(seconds, *(burst(contender, number, refill=refill) for _ in range(2)))
-        if seconds * number > BURST / 5 or (refill and number >= MOST_REFILLED):
+        if seconds * number > burst_seconds / 5 or (refill and number >= MOST_REFILLED):
             return max(seconds, 1e-9)
         number *= 4

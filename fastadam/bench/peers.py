@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from fastadam.bench import contenders
+from fastadam.bench import contenders, cuda_contenders
 from fastadam.bench.contenders import HYPERPARAMETERS, TAIL, Contender
 
 if TYPE_CHECKING:
@@ -14,7 +14,19 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["FASTADAM", "HYPERPARAMETERS", "OWN", "PEERS", "TAIL", "Contender", "Peer", "by_name"]
+__all__ = [
+    "CUDA_FASTADAM",
+    "CUDA_OWN",
+    "CUDA_PEERS",
+    "FASTADAM",
+    "HYPERPARAMETERS",
+    "OWN",
+    "PEERS",
+    "TAIL",
+    "Contender",
+    "Peer",
+    "by_name",
+]
 
 NO_TAIL = "it cannot clip by the global norm"
 
@@ -126,14 +138,63 @@ PEERS = (
     ),
 )
 
+CUDA_FASTADAM = Peer(
+    "fastadam", "fastadam", cuda_contenders.FastAdamCuda, versions=("numba-cuda",)
+)
+CUDA_OWN = (
+    Peer("opt-grads", "fastadam opt.grads", cuda_contenders.FastAdamGradsCuda),
+    Peer("roofline", "device copy", cuda_contenders.DeviceCopy, arrays=7, tail_arrays=11),
+)
+CUPY = {
+    "package": "cupy",
+    "install": "cupy-cuda13x, or cupy-cuda12x for a driver of CUDA 12",
+    "versions": ("cupy-cuda13x", "cupy-cuda12x", "cupy"),
+}
+CUDA_PEERS = (
+    Peer(
+        "torch-fused",
+        "torch fused",
+        cuda_contenders.TorchFusedCuda,
+        package="torch",
+        versions=("torch",),
+    ),
+    Peer(
+        "torch-foreach",
+        "torch foreach",
+        cuda_contenders.TorchForeachCuda,
+        arrays=5,
+        tail_arrays=6,
+        package="torch",
+        versions=("torch",),
+    ),
+    Peer(
+        "cupy",
+        "CuPy",
+        cuda_contenders.CupyWrittenOut,
+        arrays=7,
+        tail_arrays=8,
+        **CUPY,  # type: ignore[arg-type]
+    ),
+    Peer(
+        "cupy-kernel",
+        "CuPy ElementwiseKernel",
+        cuda_contenders.CupyKernel,
+        tail_arrays=0,
+        **CUPY,  # type: ignore[arg-type]
+    ),
+)
 
-def by_name(name: str) -> Peer:
+
+def by_name(name: str, device: str = "cpu") -> Peer:
     """Return a contender by its name on the command line.
 
     Parameters
     ----------
     name : str
-        Of `FASTADAM`, or of one of `OWN` or `PEERS`.
+        Of ``fastadam``, or of one of its own or a peer.
+    device : {"cpu", "cuda"}
+        Where it works: most names stand for one on either. A name that is not
+        known there is looked up on the other.
 
     Returns
     -------
@@ -151,4 +212,7 @@ def by_name(name: str) -> Peer:
     >>> by_name("torch-fused").title
     'torch fused'
     """
-    return {peer.name: peer for peer in (FASTADAM, *OWN, *PEERS)}[name]
+    on_cpu, on_cuda = (FASTADAM, *OWN, *PEERS), (CUDA_FASTADAM, *CUDA_OWN, *CUDA_PEERS)
+    # The last of a name counts.
+    every = (*on_cpu, *on_cuda) if device == "cuda" else (*on_cuda, *on_cpu)
+    return {peer.name: peer for peer in every}[name]

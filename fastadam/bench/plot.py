@@ -25,6 +25,8 @@ COLORS = {
     "optax": "#009e73",
     "thinc": "#cc79a7",
     "scikit-learn": "#56b4e9",
+    "cupy": "#009e73",
+    "cupy-kernel": "#56b4e9",
     "opt-grads": "#555555",
     "roofline": "#aaaaaa",
 }

@@ -157,8 +157,10 @@ def _versions(session: Session) -> dict[str, str]:
     names = ["numba", "numpy"]
     for one in session.measured:
         names += peers.by_name(one.contender).versions
-    return {
-        "fastadam": fastadam.__version__,
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in dict.fromkeys(names)},
-    }
+    found = {"fastadam": fastadam.__version__, "python": platform.python_version()}
+    for name in dict.fromkeys(names):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # CuPy has a distribution for each CUDA version
+            continue
+    return found

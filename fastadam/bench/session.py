@@ -47,6 +47,8 @@ class Measured:
         How many ratios.
     number, fastadam_number : int
         Steps in a timed burst.
+    host_seconds, fastadam_host_seconds : Spread or None
+        Of a call alone, where the step itself runs on a CUDA device.
     """
 
     contender: str
@@ -57,6 +59,8 @@ class Measured:
     rounds: int
     number: int
     fastadam_number: int
+    host_seconds: Spread | None = None
+    fastadam_host_seconds: Spread | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ def measure(
     dtype: str,
     rounds: int,
     max_memory: int | None,
+    device: str = "cpu",
     on_event: Callable[[Peer, Mapping[str, Any]], Any] = lambda _peer, _event: None,
     command: Sequence[str] = COMMAND,
     time_limit: float = TIME_LIMIT,
@@ -108,7 +113,7 @@ def measure(
         The contenders.
     workloads : mapping of str to sequence of shapes
         What the parameters look like, by name.
-    tail, dtype, rounds, max_memory
+    tail, dtype, rounds, max_memory, device
         As the command line has them.
     on_event : callable
         Told of every event of `fastadam.bench.worker`, for a display of
@@ -138,6 +143,7 @@ def measure(
                 "dtype": dtype,
                 "rounds": rounds,
                 "max_memory": max_memory,
+                "device": device,
             }
             before = len(session.measured)
             child = events(spec, command, time_limit)
@@ -170,6 +176,8 @@ def _record(session: Session, peer: Peer, event: Mapping[str, Any], left: dict[s
                 rounds=len(ratios),
                 number=event["other_number"],
                 fastadam_number=event["number"],
+                host_seconds=_spread(event.get("other_host_seconds")),
+                fastadam_host_seconds=_spread(event.get("host_seconds")),
             )
         )
     elif kind in ("skipped", "unavailable", "died"):
@@ -178,6 +186,10 @@ def _record(session: Session, peer: Peer, event: Mapping[str, Any], left: dict[s
         left.pop(str(workload), None)
     if kind == "unavailable":
         left.clear()
+
+
+def _spread(values: Sequence[float] | None) -> Spread | None:
+    return spread(values) if values else None
 
 
 def events(
@@ -239,7 +251,7 @@ def _child(
 ) -> Iterator[subprocess.Popen[bytes]]:
     # As `python` would find them in an activated environment: ninja, for one.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    # All on the CPU, whatever there is besides.
+    # All that is not asked for CUDA on the CPU, whatever there is besides.
     environ = {"PATH": path, "JAX_PLATFORMS": "cpu", "DS_ACCELERATOR": "cpu"}
     if spec["dtype"] == "float64":
         environ["JAX_ENABLE_X64"] = "1"

@@ -27,6 +27,8 @@ HEADS = {
     "thinc": ("", "thinc"),
     "scikit-learn": ("scikit-", "learn"),
     "opt-grads": ("opt.", "grads"),
+    "cupy": ("", "CuPy"),
+    "cupy-kernel": ("CuPy", "kernel"),
     "roofline": ("roof-", "line"),
 }
 # What a step reads and writes, in times the parameters' bytes; with the tail, the gradients
@@ -233,12 +235,15 @@ def show_conditions(console: Console, report: Mapping[str, Any]) -> None:
     machine = report["machine"]
     quota = "" if machine["cpu_quota"] is None else f", the time of {machine['cpu_quota']:g}"
     console.print(f"{machine['cpu']}, {machine['cpus_allowed']} CPUs{quota}; {machine['system']}")
+    if "device" in report:
+        console.print(report["device"]["summary"])
     by_number: dict[int, list[str]] = {}
     for name, threads in report["threads"].items():
         if threads is not None:
             by_number.setdefault(threads, []).append(peers.by_name(name).title)
     text = "; ".join(f"{number}: {', '.join(titles)}" for number, titles in by_number.items())
-    console.print(f"Threads of a large step: {text}")
+    if text:
+        console.print(f"Threads of a large step: {text}")
     console.print(", ".join(f"{name} {version}" for name, version in report["versions"].items()))
     counts = sorted({result["rounds"] for result in report["results"]})
     rounds = " to ".join(str(number) for number in dict.fromkeys((counts[0], counts[-1])))
@@ -253,7 +258,12 @@ def show_conditions(console: Console, report: Mapping[str, Any]) -> None:
             " more than 25% apart"
         )
     busy = [cpus for cpus in report["other_cpus"].values() if cpus and cpus > BUSY]
-    if busy:
+    if busy and "device" in report:
+        console.print(
+            f"Warning: other processes kept up to {max(busy):.1f} CPUs busy meanwhile, which may"
+            " have held up calls on the host."
+        )
+    elif busy:
         console.print(
             f"Warning: other processes kept up to {max(busy):.1f} CPUs busy meanwhile. Threads"
             " that wait for one another then take many times as long, so that the ratios say"

@@ -10,16 +10,17 @@ and writes lines of JSON, the events, each with a key ``event``:
 ``start``, ``round``
     A workload begins; ``done`` of its ``rounds`` are over.
 ``result``
-    ``seconds``, ``other_seconds`` per round, ``number``, ``other_number``.
+    ``seconds``, ``other_seconds`` per round, ``number``, ``other_number``; of
+    a step on a CUDA device also ``host_seconds``, ``other_host_seconds``.
 ``skipped``
     A workload is left out, or has failed: ``reason``.
 ``end``
     All is done.
 
 The specification has the keys ``contender`` (a name), ``workloads`` (a list
-of name and shapes), ``tail``, ``dtype``, ``rounds`` and ``max_memory`` (bytes
-or None). A process whose standard input is closed ends at once: whoever
-started it is gone.
+of name and shapes), ``tail``, ``dtype``, ``rounds``, ``max_memory`` (bytes or
+None) and, unless it is the CPU, ``device``. A process whose standard input is
+closed ends at once: whoever started it is gone.
 """
 
 from __future__ import annotations
@@ -32,16 +33,19 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any, TextIO
 
-from fastadam.bench import memory, peers
-from fastadam.bench.measure import compare
+from fastadam.bench import cuda_library, memory, peers
+from fastadam.bench.measure import BURST, CUDA_BURST, compare, host_costs
 from fastadam.bench.workloads import count, draw
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from fastadam.bench.peers import Peer
 
-__all__ = ["needed_bytes", "serve"]
+__all__ = ["device_bytes", "needed_bytes", "serve"]
+
+# Rounds in which the calls alone are timed: they are short.
+HOST_ROUNDS = 25
 
 
 def needed_bytes(elements: int, peer: Peer, dtype: str, tail: bool) -> int:
@@ -74,6 +78,31 @@ def needed_bytes(elements: int, peer: Peer, dtype: str, tail: bool) -> int:
     return (2 + sum(both)) * elements * (8 if dtype == "float64" else 4)
 
 
+def device_bytes(elements: int, peer: Peer, dtype: str, tail: bool) -> int:
+    """Return what fastadam and a peer need side by side on a CUDA device.
+
+    Parameters
+    ----------
+    elements, peer, dtype, tail
+        As in `needed_bytes`.
+
+    Returns
+    -------
+    int
+        Bytes: the arrays of both, and the gradients that each refills its own
+        from where a step clears them.
+
+    Examples
+    --------
+    >>> from fastadam.bench.peers import by_name
+    >>> from fastadam.bench.worker import device_bytes
+    >>> device_bytes(1_000, by_name("torch-fused", "cuda"), "float32", tail=False)
+    32000
+    """
+    both = [p.tail_arrays if tail else p.arrays for p in (peers.CUDA_FASTADAM, peer)]
+    return (sum(both) + 2 * tail) * elements * (8 if dtype == "float64" else 4)
+
+
 def serve(spec: Mapping[str, Any], emit: Callable[..., None]) -> None:
     """Compare on every workload of a specification.
 
@@ -84,27 +113,40 @@ def serve(spec: Mapping[str, Any], emit: Callable[..., None]) -> None:
     emit : callable
         ``emit(event, **content)`` passes an event on.
     """
-    peer, tail, dtype = peers.by_name(spec["contender"]), spec["tail"], spec["dtype"]
+    device, tail, dtype = spec.get("device", "cpu"), spec["tail"], spec["dtype"]
+    pair = [peers.by_name(name, device) for name in ("fastadam", spec["contender"])]
+    peer = pair[1]
     try:
         # Imports, builds and compiles what there is to, and shows whether it works at all.
-        both = [_try(contender, dtype, tail) for contender in (peers.FASTADAM, peer)]
+        both = [_try(contender, dtype, tail) for contender in pair]
     except Exception as error:
         emit("unavailable", reason=describe(error))
         return
     emit("ready", threads={"fastadam": both[0], peer.name: both[1]})
     for name, shapes in spec["workloads"]:
         emit("start", workload=name)
-        needed = needed_bytes(count(shapes), peer, dtype, tail)
-        reason = too_large(needed, spec["max_memory"])
+        reason = _why_too_large(count(shapes), peer, spec)
         if reason is None:
             try:
-                _compare(name, shapes, spec, peer, emit)
+                _compare(name, shapes, spec, pair, emit)
             except Exception as error:
                 reason = describe(error)
         if reason is not None:
             emit("skipped", workload=name, reason=reason)
         gc.collect()
     emit("end")
+
+
+def _why_too_large(elements: int, peer: Peer, spec: Mapping[str, Any]) -> str | None:
+    tail, dtype, limit = spec["tail"], spec["dtype"], spec["max_memory"]
+    if spec.get("device", "cpu") == "cpu":
+        return too_large(needed_bytes(elements, peer, dtype, tail), limit)
+    # What the last workload left behind must not count.
+    cuda_library.release()
+    needed = device_bytes(elements, peer, dtype, tail)
+    reason = cuda_library.too_large(needed, limit, cuda_library.free_memory())
+    # The values that both start from are made on the host.
+    return reason or too_large(2 * elements * (8 if dtype == "float64" else 4), None)
 
 
 def too_large(needed: int, limit: int | None) -> str | None:
@@ -127,19 +169,29 @@ def _try(peer: Peer, dtype: str, tail: bool) -> int | None:
 
 
 def _compare(
-    name: str, shapes: Any, spec: Mapping[str, Any], peer: Peer, emit: Callable[..., None]
+    name: str,
+    shapes: Any,
+    spec: Mapping[str, Any],
+    pair: Sequence[Peer],
+    emit: Callable[..., None],
 ) -> None:
+    on_cuda = spec.get("device", "cpu") == "cuda"
     params, grads = draw([tuple(shape) for shape in shapes], spec["dtype"])
-    both = [p.make(params, grads, spec["tail"]) for p in (peers.FASTADAM, peer)]
+    both = [p.make(params, grads, spec["tail"]) for p in pair]
     del params
     refill = any(contender.clears_grads for contender in both)
     found = compare(
         *both,
         rounds=spec["rounds"],
         refill=refill,
+        burst_seconds=CUDA_BURST if on_cuda else BURST,
         on_round=lambda done, rounds: emit("round", workload=name, done=done, rounds=rounds),
     )
-    emit("result", workload=name, **found._asdict())
+    host: dict[str, Any] = {}
+    if on_cuda and not refill:
+        keys = ("host_seconds", "other_host_seconds")
+        host = dict(zip(keys, host_costs(*both, rounds=HOST_ROUNDS), strict=True))
+    emit("result", workload=name, **found._asdict(), **host)
 
 
 def describe(error: BaseException) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -12,7 +12,19 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["QUICK", "QUICK_SIZES", "SIZES", "STEP", "TAIL", "WORKLOADS", "count", "draw"]
+__all__ = [
+    "CPU",
+    "CUDA",
+    "QUICK",
+    "QUICK_SIZES",
+    "SIZES",
+    "STEP",
+    "TAIL",
+    "WORKLOADS",
+    "Defaults",
+    "count",
+    "draw",
+]
 
 Shape = tuple[int, ...]
 
@@ -61,6 +73,37 @@ TAIL = ("micro", "mlp", "many", "20M", "67M", "gpt2")
 QUICK = ("micro", "mlp", "many")
 SIZES = tuple(10**k for k in range(3, 9))
 QUICK_SIZES = tuple(10**k for k in range(3, 6))
+
+
+class Defaults(NamedTuple):
+    """What is measured on one kind of device where nobody says otherwise.
+
+    Attributes
+    ----------
+    step, tail, quick : tuple of str
+        Workloads: of a step, of the whole tail of a step, and with ``--quick``.
+    sizes, quick_sizes, tail_sizes : tuple of int
+        Lengths of single arrays.
+    """
+
+    step: tuple[str, ...]
+    tail: tuple[str, ...]
+    quick: tuple[str, ...]
+    sizes: tuple[int, ...]
+    quick_sizes: tuple[int, ...]
+    tail_sizes: tuple[int, ...]
+
+
+CPU = Defaults(STEP, TAIL, QUICK, SIZES, QUICK_SIZES, ())
+# Launches are what counts for the many, memory for the others.
+CUDA = Defaults(
+    step=("many", "gpt2"),
+    tail=("many", "gpt2"),
+    quick=("many",),
+    sizes=tuple(10**k for k in range(6, 10)),
+    quick_sizes=(10**6, 10**7),
+    tail_sizes=(10**8,),
+)
 
 
 def count(shapes: Sequence[Shape]) -> int:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastadam.bench import memory, peers, workloads
-from fastadam.bench.report import not_measured, to_dict
-from fastadam.bench.session import Session, measure
+from fastadam.bench import cuda_library, memory, peers, workloads
+from fastadam.bench.parts import Part, missing_lines, show, to_dict
+from fastadam.bench.session import measure
 from fastadam.cli import CommandError, output_path, outputs, require, say, whole_number
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from fastadam.bench.peers import Peer
+    from fastadam.bench.session import Session
 
 __all__ = ["add_parser", "run"]
 
@@ -42,6 +42,13 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         ),
     )
     add = parser.add_argument
+    add(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where the arrays are (default: %(default)s); on cuda, the tail is measured as well "
+        "unless --tail, --workload or --sizes says what to measure",
+    )
     add("--quick", action="store_true", help="small workloads and few rounds: about a minute")
     add(
         "--tail",
@@ -61,13 +68,13 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--sizes",
         type=_sizes,
         metavar="N,N",
-        help="lengths of single arrays to measure; default: 1e3 to 1e8, "
+        help="lengths of single arrays to measure; default: 1e3 to 1e8, on cuda 1e6 to 1e9, "
         "none with --tail or --workload",
     )
     sizes.add_argument(
         "--no-sizes", dest="sizes", action="store_const", const=(), help="no single arrays"
     )
-    names = [peer.name for peer in peers.PEERS]
+    names = list(dict.fromkeys(peer.name for peer in (*peers.PEERS, *peers.CUDA_PEERS)))
     add(
         "--peer",
         action="append",
@@ -92,7 +99,8 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--max-memory",
         type=_bytes,
         metavar="SIZE",
-        help="leave out what needs more than this, such as 4G (default: what is available)",
+        help="leave out what needs more than this on the device, such as 4G (default: what is "
+        "available)",
     )
     add(
         "--json",
@@ -120,49 +128,55 @@ def run(args: argparse.Namespace) -> int:
     Raises
     ------
     CommandError
-        If the request contradicts itself, an optional package is missing, or
-        nothing could be measured.
+        If the request contradicts itself, an optional package or the device
+        is missing, or nothing could be measured.
     """
-    chosen = _peers(args.peer)
-    named, sizes = _workloads(args)
+    chosen = _peers(args.peer, args.device)
+    parts = _parts(args)
     outputs.check_picture(args.plot)
     json_file = None if args.json == STDOUT else args.json
     outputs.check_files({"--plot": args.plot, "--json": json_file})
     require("rich", *(["matplotlib"] if args.plot else []), extra="bench")
-    shapes: dict[str, Sequence[tuple[int, ...]]] = {
-        name: workloads.WORKLOADS[name] for name in named
-    }
-    shapes |= {str(size): [(size,)] for size in sizes}
+    if args.device == "cuda":
+        missing = cuda_library.why_no_device()
+        if missing is not None:
+            raise CommandError(f"--device cuda must find a CUDA device, got none: {missing}")
     rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
-    what = "the tail of a training step" if args.tail else "a step"
-    if args.json != STDOUT:
-        say(
-            f"Measuring the time of {what} ({args.dtype}): fastadam beside {len(chosen)} others "
-            f"on {len(shapes)} workloads. Use the machine for nothing else meanwhile."
-        )
-    session = _measure(chosen, shapes, args, rounds)
-    report = _report(args, session, shapes, rounds)
-    if not session.measured:
-        reasons = "; ".join(not_measured(session.missing, shapes))
+    for part in parts:
+        if args.json != STDOUT:
+            say(
+                f"Measuring the time of {part.what} ({args.dtype}): fastadam beside "
+                f"{len(chosen)} others on {len(part.shapes)} workloads. Use the machine for "
+                "nothing else meanwhile."
+            )
+        part.session = _measure(chosen, part, args, rounds)
+    report = to_dict(parts, _settings(args, parts, rounds))
+    if not report["results"]:
+        reasons = "; ".join(missing_lines(parts))
         raise CommandError(f"nothing could be measured: {reasons}", status=1)
 
     text = json.dumps(report, indent=1, allow_nan=False)
     if args.json == STDOUT:
         say(text)
     else:
-        _show(session, named, sizes, shapes, report)
+        show(parts, report)
     if json_file is not None:
         _write(args, json_file, lambda path: path.write_text(text + "\n", encoding="utf-8"))
     if args.plot is not None:
         from fastadam.bench.plot import save_plot
 
-        title = f"fastadam bench: {what}, {args.dtype}\n"
-        title += f"{report['machine']['cpu']}, {session.threads.get('fastadam')} threads"
-        own = {name: shapes[name] for name in named}
+        part = parts[0]
+        title = f"fastadam bench: {part.what}, {args.dtype}\n"
+        threads = part.session.threads.get("fastadam")
+        cpu = f"{report['machine']['cpu']}, {threads} threads"
+        title += report["device"]["name"] if args.device == "cuda" else cpu
+        own = {name: part.shapes[name] for name in part.named}
         _write(
             args,
             args.plot,
-            lambda path: save_plot(session, path, workloads=own, sizes=sizes, title=title),
+            lambda path: save_plot(
+                part.session, path, workloads=own, sizes=part.sizes, title=title
+            ),
         )
     return 0
 
@@ -193,31 +207,49 @@ def _json_path(text: str) -> Path:
     return STDOUT if text == "-" else output_path(text)
 
 
-def _peers(names: Sequence[str] | None) -> list[Peer]:
+def _peers(names: Sequence[str] | None, device: str = "cpu") -> list[Peer]:
     """Return the contenders; those of fastadam's own always take part, and first."""
     if names and "none" in names and set(names) != {"none"}:
         others = ", ".join(name for name in names if name != "none")
         raise CommandError(f"--peer none must not be given with others, got {others}")
-    own = [peer for peer in peers.OWN if peer.name == "roofline"]
-    rest = [peer for peer in peers.OWN if peer.name != "roofline"]
-    return own + rest + [peer for peer in peers.PEERS if names is None or peer.name in names]
+    every = {"cpu": (peers.OWN, peers.PEERS), "cuda": (peers.CUDA_OWN, peers.CUDA_PEERS)}
+    ours, theirs = every[device]
+    known = {peer.name for peer in theirs}
+    for name in names or ():
+        if name != "none" and name not in known:
+            raise CommandError(
+                f"--peer must be one of {', '.join(peer.name for peer in theirs)} with --device "
+                f"{device}, got {name}"
+            )
+    own = [peer for peer in ours if peer.name == "roofline"]
+    rest = [peer for peer in ours if peer.name != "roofline"]
+    return own + rest + [peer for peer in theirs if names is None or peer.name in names]
 
 
 def _workloads(args: argparse.Namespace) -> tuple[list[str], tuple[int, ...]]:
-    default: Sequence[str] = workloads.TAIL if args.tail else workloads.STEP
-    if args.quick:
-        default = workloads.QUICK
+    known = workloads.CUDA if args.device == "cuda" else workloads.CPU
+    default = known.quick if args.quick else known.tail if args.tail else known.step
     named = list(dict.fromkeys(args.workload or default))
     if args.sizes is not None:
         return named, args.sizes
-    if args.tail or args.workload:
+    if args.workload:
         return named, ()
-    return named, workloads.QUICK_SIZES if args.quick else workloads.SIZES
+    if args.tail:
+        return named, () if args.quick else known.tail_sizes
+    return named, known.quick_sizes if args.quick else known.sizes
 
 
-def _measure(
-    chosen: Sequence[Peer], shapes: Mapping[str, Any], args: argparse.Namespace, rounds: int
-) -> Session:
+def _parts(args: argparse.Namespace) -> list[Part]:
+    """Return what to measure; on a CUDA device, one command answers all questions."""
+    parts = [Part(args.tail, *_workloads(args))]
+    if args.device == "cuda" and not (args.tail or args.workload or args.sizes):
+        tail = argparse.Namespace(**{**vars(args), "tail": True})
+        parts.append(Part(True, *_workloads(tail)))
+    return parts
+
+
+def _measure(chosen: Sequence[Peer], part: Part, args: argparse.Namespace, rounds: int) -> Session:
+    shapes = part.shapes
     from rich import progress
     from rich.console import Console
 
@@ -249,54 +281,23 @@ def _measure(
         return measure(
             chosen,
             shapes,
-            tail=args.tail,
+            tail=part.tail,
             dtype=args.dtype,
             rounds=rounds,
             max_memory=args.max_memory,
+            device=args.device,
             on_event=on_event,
         )
 
 
-def _report(
-    args: argparse.Namespace, session: Session, shapes: Mapping[str, Any], rounds: int
-) -> dict[str, Any]:
+def _settings(args: argparse.Namespace, parts: Sequence[Part], rounds: int) -> dict[str, Any]:
     settings = {
         **{name: getattr(args, name) for name in ("tail", "dtype", "max_memory")},
         "rounds": rounds,
         **peers.HYPERPARAMETERS,
-        **(peers.TAIL if args.tail else {}),
+        **(peers.TAIL if any(part.tail for part in parts) else {}),
     }
-    return to_dict(session, settings, shapes)
-
-
-def _show(
-    session: Session,
-    named: Sequence[str],
-    sizes: Sequence[int],
-    shapes: Mapping[str, Any],
-    report: Mapping[str, Any],
-) -> None:
-    from rich.console import Console
-
-    from fastadam.bench.tables import show, show_conditions
-
-    console = Console(file=sys.stdout, highlight=False, markup=False)
-    settings = report["settings"]
-    options = {"tail": settings["tail"], "dtype": settings["dtype"]}
-    console.print(
-        "\nTime of a step; after it, how many times as long the others take, and how close "
-        "fastadam comes to the roofline, a pass over the same memory without arithmetic "
-        "(100%: as fast).\n"
-    )
-    show(console, session, {name: shapes[name] for name in named}, first="workload", **options)
-    by_size = {str(size): shapes[str(size)] for size in sizes}
-    show(console, session, by_size, first="elements", **options)
-    show_conditions(console, report)
-    missing = not_measured(session.missing, shapes)
-    if missing:
-        console.print("\nNot measured:")
-    for line in missing:
-        console.print(f"  {line}")
+    return settings | {"device": "cuda"} if args.device == "cuda" else settings
 
 
 def _write(args: argparse.Namespace, path: Path, write: Callable[[Path], object]) -> None:

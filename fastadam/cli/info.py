@@ -96,7 +96,10 @@ def gather() -> dict[str, Any]:
             narrowed the main thread's affinity); ``parallel_from`` (int:
             elements from which a step uses several threads).
         ``gpu``
-            ``used`` (bool), ``visible`` (list of str), ``summary`` (str).
+            ``used`` (bool: a step can run there), ``visible`` (list of str),
+            ``devices`` (list of dict, as of `fastadam.bench.driver.ask`),
+            ``package`` (str or None: why numba-cuda cannot be used),
+            ``summary`` (str).
         ``cache``
             ``folder`` (str or None), ``writable`` (bool), ``kernels`` (int),
             ``bytes`` (int).
@@ -225,7 +228,9 @@ def _render(facts: Mapping[str, Any]) -> str:
         calls = "work" if layer["concurrent_steps"] else "abort"
         text = f"{name}, {state}: a step in a forked child {fork}, concurrent steps {calls}"
         rows.append(("layers" if name == "tbb" else "", text))
-    rows += [("GPU", facts["gpu"]["summary"]), ("cache", cache["folder"] or "none")]
+    gpu = facts["gpu"]
+    rows += [("GPU", gpu["summary"]), ("", f"CUDA: {gpu['package']}" if gpu["package"] else "")]
+    rows.append(("cache", cache["folder"] or "none"))
     if cache["folder"] is not None:
         writable = "writable" if cache["writable"] else "not writable"
         size = f"{cache['bytes'] / 2**20:.1f} MiB"

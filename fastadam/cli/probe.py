@@ -5,7 +5,6 @@ Each function returns one entry of `fastadam.cli.info.gather`, described there.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import platform
@@ -16,6 +15,8 @@ import tempfile
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
+
+from fastadam.bench import driver
 
 OPTIONAL = (
     "autograd matplotlib rich torch jax scipy mpi4py cupy-cuda12x cupy-cuda13x numba-cuda tbb"
@@ -233,36 +234,42 @@ def _has_layer(name: str) -> bool:
 
 
 def gpu() -> dict[str, Any]:
-    """Return which GPUs there are; this version uses none."""
-    reason, visible = cuda_devices()
-    if visible:
-        reason = f"{', '.join(visible)} visible, not used"
+    """Return which GPUs there are, and whether a step can run on them."""
+    reason, devices = cuda_devices()
+    package = _cuda_package()
+    lines = [driver.describe(device) for device in devices]
+    if not devices:
+        summary = f"{reason}; arrays on the CPU only"
+    elif package is not None:
+        summary = f"{'; '.join(lines)}; not used"
+    else:
+        summary = "; ".join(lines)
     return {
-        "used": False,
-        "visible": visible,
-        "summary": f"{reason}; this version runs on the CPU only",
+        "used": bool(devices) and package is None,
+        "visible": [device["name"] for device in devices],
+        "devices": devices,
+        "package": package,
+        "summary": summary,
     }
 
 
-def cuda_devices() -> tuple[str, list[str]]:
+def cuda_devices() -> tuple[str, list[dict[str, Any]]]:
     """Ask the driver itself, so that no CUDA package is needed or imported."""
-    if sys.platform == "darwin":
-        return "no CUDA on macOS", []
-    library = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+    return driver.ask()
+
+
+def _cuda_package() -> str | None:
+    """Return why what steps on a GPU need cannot be used, None if it can."""
     try:
-        cuda = ctypes.CDLL(library)
-    except OSError:
-        return f"no NVIDIA driver found ({library} could not be loaded)", []
-    count, device, name = ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(256)
-    status = cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count))
-    if status:
-        return f"the NVIDIA driver is there but finds no GPU (CUDA error {status})", []
-    names = []
-    for ordinal in range(count.value):
-        if not cuda.cuDeviceGet(ctypes.byref(device), ordinal):
-            cuda.cuDeviceGetName(name, len(name), device)
-            names.append(name.value.decode(errors="replace"))
-    return "the NVIDIA driver shows no GPU", names
+        import_module("fastadam._device")
+    except ImportError as error:
+        text = " ".join(str(error).split())
+        _, colon, install = text.partition(": pip install ")
+        absent = error.name == "numba_cuda" and colon
+        return f"not installed: pip install {install}" if absent else f"does not work: {text}"
+    except Exception as error:  # whatever a package of another version may raise
+        return f"does not work: {type(error).__name__}: {' '.join(str(error).split())}"
+    return None
 
 
 def cache() -> dict[str, Any]:

@@ -1,0 +1,86 @@
+"""What goes between the host and a CUDA device while steps are on their way."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _cuda, _device
+from ._arrays import address
+from ._result import Outcome, StepResult
+
+# Messages to the device, and results from it, that may be on their way at a time.
+SLOTS = 64
+
+
+class Mailbox:
+    """Sends words of 8 bytes to the device in the order of a stream, without waiting for it."""
+
+    def __init__(self, words: int) -> None:
+        self._slots = _device.pinned(max(words, 1), SLOTS)
+        self._events: list[Any] = []
+        self._next = 0
+
+    def send(self, words: npt.NDArray[Any], target: int, stream: int) -> None:
+        """Copy the words; wait only if as many as there are slots are on their way."""
+        place = self._next
+        if place == len(self._events):
+            self._events.append(_device.Event())
+        else:
+            self._events[place].wait()
+        slot = self._slots[place]
+        slot[: words.size] = words.view(np.float64)
+        _device.upload(target, slot.ctypes.data, words.nbytes, stream)
+        self._events[place].record(stream)
+        self._next = (place + 1) % SLOTS
+
+
+class Results:
+    """What steps have to tell, written by the device to memory that the host reads."""
+
+    def __init__(self) -> None:
+        # One more, for steps in a graph.
+        self._slots = _device.pinned(_cuda.RESULT_SIZE, SLOTS + 1)
+        self._events: list[Any] = []
+        self._pending: list[Any] = []
+        self._next = 0
+
+    def slot(self) -> int:
+        """Return a free slot, waiting only if all are of steps not yet taken."""
+        place = self._next
+        self._next = (place + 1) % SLOTS
+        if place == len(self._events):
+            self._events.append(_device.Event())
+            self._pending.append(lambda: None)
+        else:
+            pending = self._pending[place]()
+            if pending is not None:  # the user may still ask it
+                pending.resolve()
+            self._events[place].wait()
+        return place
+
+    def address(self, slot: int) -> int:
+        """Return where the device writes."""
+        return address(self._slots[slot])
+
+    def expect(self, slot: int, stream: int, lr_of: Callable[[int], float]) -> Outcome:
+        """Return what will be in a slot, once the stream has come as far as it is now."""
+        event = self._events[slot]
+        event.record(stream)
+
+        def ask() -> StepResult:
+            event.wait()
+            return self.read(slot, lr_of)
+
+        outcome = Outcome(ask, event.is_past)
+        self._pending[slot] = weakref.ref(outcome)
+        return outcome
+
+    def read(self, slot: int, lr_of: Callable[[int], float]) -> StepResult:
+        """Return what a slot holds."""
+        norm, skipped = self._slots[slot, _cuda.NORM], bool(self._slots[slot, _cuda.SKIPPED])
+        count = int(self._slots.view(np.int64)[slot, _cuda.COUNT])
+        step = count if skipped else count - 1
+        return StepResult(step, lr_of(step), float(norm), skipped)

@@ -1,0 +1,44 @@
+"""The CUDA backend without a device, in Numba's CUDA simulator, bit by bit as the CPU's."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CASES = Path(__file__).with_name("cuda_sim_cases.py")
+# All of them take minutes: a sample here, and all in CI, which runs that file.
+SAMPLE, AT_LEAST = "test_options or test_bad_grads or (not_finite and skip)", 30
+
+
+@pytest.fixture
+def environment(optional):
+    optional("numba_cuda")
+    folders = [str(CASES.parent), str(CASES.parent.parent), os.environ.get("PYTHONPATH", "")]
+    path = os.pathsep.join(folder for folder in folders if folder)
+    return {**os.environ, "NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": path}
+
+
+def test_cases(environment):
+    """Numba decides on the simulator when it is imported, so in a process of its own.
+
+    All cases: ``NUMBA_ENABLE_CUDASIM=1 python -m pytest tests/cuda_sim_cases.py``.
+    """
+    options = ["-q", "-rf", "--tb=short", "-p", "no:cacheprovider", "-k", SAMPLE]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, str(CASES)],
+        env=environment,
+        cwd=CASES.parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
+    output = f"{done.stdout[-20_000:]}\n{done.stderr[-5_000:]}"
+    if done.returncode:
+        pytest.fail(output, pytrace=False)
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed, output
+    assert int(passed[1]) >= AT_LEAST, output
+    assert "skipped" not in done.stdout, output
