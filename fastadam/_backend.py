@@ -38,8 +38,8 @@ class Plan(Protocol):
     def prepare_replay(self, max_grad_norm: float | None, nonfinite: str) -> None:
         """Bring hyperparameters up to date for a captured step."""
 
-    def rehearsals(self, zero_grad: bool, *, norm: bool) -> list[tuple[Any, tuple[Any, ...]]]:
-        """Return calls that compile the kernels of a step."""
+    def rehearsals(self, nonfinite: str | None) -> list[tuple[Any, tuple[Any, ...]]]:
+        """Return calls that compile the kernels of all steps; None where no norm is asked for."""
 
 
 class Backend(Protocol):

@@ -86,6 +86,7 @@ AVERAGE: Any = None
 ZERO_GRAD: Any = None
 LIMITED: Any = None
 MEASURE: Any = None
+ASK: Any = None
 
 
 one_minus_power = _device.inline(_formula.bind(_formula.one_minus_power, fma=fma, mul=mul))
@@ -399,11 +400,20 @@ def reduce(parts: Any, count: Any, values: Any, tops: Any, find_largest: Any) ->
     return result
 
 
+@_device.inline
+def tell(result: Any, norm: Any, skipped: Any, steps: Any) -> None:
+    """Write what there is to tell of a step, before which there were so many."""
+    store(result, NORM, convert(norm, DOUBLE))
+    store(result, SKIPPED, ONE if skipped else DOUBLE)
+    store(result, COUNT, steps + (0 if skipped else 1))
+
+
 def settle(contexts: Any, result: Any) -> None:
     """Decide what becomes of the step, and prepare the scalars of every tensor: one block.
 
     ``contexts`` is the first dtype's, the others follow it. What there is to
-    tell is written to ``result``, unless that is 0.
+    tell is written to ``result``, unless that is 0. With MEASURE, it only finds
+    what squares must be scaled by; with ASK, it only tells.
     """
     values = cuda.shared.array(SEGMENT, float64)
     tops = cuda.shared.array(SEGMENT, float64)
@@ -433,6 +443,10 @@ def settle(contexts: Any, result: Any) -> None:
             norm = mul(math.sqrt(total), factor) / scale
         skipped = beyond and load(hyper, MAY_SKIP, DOUBLE) != 0.0
         coefficient = clip_coefficient(norm, load(hyper, MAX_NORM, DOUBLE))
+        if ASK is not None:
+            if thread == 0:
+                tell(result, norm, skipped, steps)
+            return
     place = steps - load(hyper, FIRST_COUNT, INT64)
     place = max(min(place, load(hyper, TABLE_COUNT, INT64) - 1), 0)
     groups = hyper + 8 * HYPER_TABLES
@@ -445,12 +459,9 @@ def settle(contexts: Any, result: Any) -> None:
         store(tensors + k * (8 * COLUMNS), ROW, INT64 if present else INT64 - 1)
     cuda.syncthreads()  # all have read the count
     if thread == 0:
-        steps += 0 if skipped else 1
-        store(counter, 0, steps)
         if result != 0:
-            store(result, NORM, convert(norm, DOUBLE))
-            store(result, SKIPPED, ONE if skipped else DOUBLE)
-            store(result, COUNT, steps)
+            tell(result, norm, skipped, steps)
+        store(counter, 0, steps + (0 if skipped else 1))
 
 
 def update_threads(dtype: np.dtype[Any]) -> int:
@@ -483,6 +494,13 @@ def sum_kernel(dtype: np.dtype[Any]) -> Kernel:
 
 
 @functools.cache
-def settle_kernel(*, limited: bool, measure: bool = False) -> Kernel:
-    """Return the kernel that decides, or, to ``measure``, finds what to scale squares by."""
-    return Kernel(settle, 2, (SETTLE_THREADS, 1), LIMITED=limited or None, MEASURE=measure or None)
+def settle_kernel(*, limited: bool, measure: bool = False, ask: bool = False) -> Kernel:
+    """Return the kernel that decides, or one that goes only part of the way; see `settle`."""
+    return Kernel(
+        settle,
+        2,
+        (SETTLE_THREADS, 1),
+        LIMITED=limited or None,
+        MEASURE=measure or None,
+        ASK=ask or None,
+    )

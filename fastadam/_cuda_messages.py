@@ -47,8 +47,11 @@ class Results:
         self._pending: list[Any] = []
         self._next = 0
 
-    def slot(self) -> int:
-        """Return a free slot, waiting only if all are of steps not yet taken."""
+    def expect(self, lr_of: Callable[[int], float]) -> tuple[int, Any, Outcome]:
+        """Return a free slot, its event, and what will be in the one when the other is past.
+
+        Waits only if all slots are of steps that have not been taken yet.
+        """
         place = self._next
         self._next = (place + 1) % SLOTS
         if place == len(self._events):
@@ -59,24 +62,19 @@ class Results:
             if pending is not None:  # the user may still ask it
                 pending.resolve()
             self._events[place].wait()
-        return place
+        event = self._events[place]
+
+        def ask() -> StepResult:
+            event.wait()
+            return self.read(place, lr_of)
+
+        outcome = Outcome(ask, event.is_past)
+        self._pending[place] = weakref.ref(outcome)
+        return place, event, outcome
 
     def address(self, slot: int) -> int:
         """Return where the device writes."""
         return address(self._slots[slot])
-
-    def expect(self, slot: int, stream: int, lr_of: Callable[[int], float]) -> Outcome:
-        """Return what will be in a slot, once the stream has come as far as it is now."""
-        event = self._events[slot]
-        event.record(stream)
-
-        def ask() -> StepResult:
-            event.wait()
-            return self.read(slot, lr_of)
-
-        outcome = Outcome(ask, event.is_past)
-        self._pending[slot] = weakref.ref(outcome)
-        return outcome
 
     def read(self, slot: int, lr_of: Callable[[int], float]) -> StepResult:
         """Return what a slot holds."""

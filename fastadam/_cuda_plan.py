@@ -2,7 +2,9 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,15 @@ from ._state import ParamState
 
 # Blocks for each multiprocessor that are worth halving chunks for, and how often.
 BLOCKS_EACH, MOST_HALVINGS = 8, 3
+
+
+def take(calls: Iterable[Callable[[], object]]) -> None:
+    """Make all of the calls.
+
+    Without a step of Python's between one and the next, where a signal's
+    handler could raise: what one has counted, the next must update.
+    """
+    deque(map(operator.call, calls), maxlen=0)
 
 
 class Plan:
@@ -54,6 +65,8 @@ class Plan:
         self.dtypes = list(dict.fromkeys(state.param.dtype for state in states))
         self._amsgrad = any(state.max_exp_avg_sq is not None for state in states)
         self._average = any(state.ema is not None for state in states)
+        self._doubles = any(dtype.itemsize > 4 for dtype in self.dtypes)
+        self._compiled: set[tuple[bool, str | None]] = set()
         self._hyper = np.zeros(_cuda.HYPER_TABLES + MOST_TABLES * scalars.rows.size)
         with _device.context(self.device):
             self._tables = DeviceTables(
@@ -151,12 +164,13 @@ class Plan:
         """
         with _device.context(self.device):
             self.take_grads(grads, zero_grad)
+            self._compile(zero_grad, None)
             number = self.step_count[0]
             with self._stream(limits=None) as (stream, graph):
-                self._settle(stream, graph, result=0, limited=False)
-                self._update(stream, graph, zero_grad)
+                calls = self._calls(stream, graph, zero_grad, result=0, limited=False)
                 if graph == EAGER:
-                    self.step_count.add(None)
+                    calls.append(self.step_count.counting(None))
+                take(calls)
         return number
 
     def limited_step(
@@ -178,21 +192,24 @@ class Plan:
         """
         with _device.context(self.device):
             self.take_grads(grads, zero_grad)
+            self._compile(zero_grad, nonfinite)
             limits, lr_of = (max_grad_norm, nonfinite), self._scalars.lr_of()
             with self._stream(limits) as (stream, graph):
+                self._sum(stream, graph)
                 if graph == CAPTURED:
-                    slot = SLOTS
+                    place = self._results.address(SLOTS)
+                    take(self._calls(stream, graph, zero_grad, place, limited=True))
                     outcome = Outcome(lambda: self._replayed(lr_of), lasting=False)
                 else:
-                    slot = self._results.slot()
-                self._settle(stream, graph, self._results.address(slot), limited=True)
-                if graph == EAGER:
-                    outcome = self._results.expect(slot, stream, lr_of)
+                    slot, event, outcome = self._results.expect(lr_of)
+                    place = self._results.address(slot)
                     if nonfinite == "raise":
+                        self._settle(stream, graph, place, ask=True)()
+                        event.record(stream)
                         self._raise_if_skipped(outcome, grads)
-                self._update(stream, graph, zero_grad)
-                if graph == EAGER:
-                    self.step_count.add(outcome if nonfinite == "skip" else None)
+                    calls = self._calls(stream, graph, zero_grad, place, limited=True)
+                    counted = outcome if nonfinite == "skip" else None
+                    take([*calls, event.recording(stream), self.step_count.counting(counted)])
         result: Any = PendingResult(outcome)
         return result  # type: ignore[no-any-return]
 
@@ -308,39 +325,34 @@ class Plan:
             limits = (max_grad_norm, nonfinite) if limited else None
             self._send_hyper(limits, current_stream(self._params[0]))
 
-    def _settle(self, stream: int, graph: int, result: int, *, limited: bool) -> None:
-        first, threads = self._tables.context(graph, 0), self._settle_threads
-        settle_kernel = _cuda.settle_kernel(limited=limited)
-        if limited:
-            self._sum(stream, graph, again=False)
-            if any(dtype.itemsize > 4 for dtype in self.dtypes):  # squares of others fit
-                measure_kernel = _cuda.settle_kernel(limited=True, measure=True)
-                measure_kernel.launch(self.device, 1, threads, stream, first, 0)
-                self._sum(stream, graph, again=True)
-        settle_kernel.launch(self.device, 1, threads, stream, first, result)
+    def _sum(self, stream: int, graph: int) -> None:
+        """Start what sums the squares of the gradients."""
+        for again in (False, True) if self._doubles else (False,):
+            if again:  # squares of float64 may be out of range, which others' are not
+                self._settle(stream, graph, 0, measure=True)()
+            for k, dtype in enumerate(self.dtypes):
+                context, parts = self._tables.context(graph, k), self._tables.part_counts[k]
+                kernel = _cuda.sum_kernel(dtype)
+                kernel.call(self.device, parts, _cuda.SUM_THREADS, stream, context, again)()
 
-    def _sum(self, stream: int, graph: int, *, again: bool) -> None:
-        for k, dtype in enumerate(self.dtypes):
-            _cuda.sum_kernel(dtype).launch(
-                self.device,
-                self._tables.part_counts[k],
-                _cuda.SUM_THREADS,
-                stream,
-                self._tables.context(graph, k),
-                again,
-            )
+    def _settle(
+        self, stream: int, graph: int, result: int, *, limited: bool = True, **part: bool
+    ) -> Callable[[], object]:
+        kernel = _cuda.settle_kernel(limited=limited, **part)
+        first = self._tables.context(graph, 0)
+        return kernel.call(self.device, 1, self._settle_threads, stream, first, result)
 
-    def _update(self, stream: int, graph: int, zero_grad: bool) -> None:
+    def _calls(
+        self, stream: int, graph: int, zero_grad: bool, result: int, *, limited: bool
+    ) -> list[Callable[[], object]]:
+        """Return the calls that take the step, to be made all or none of them."""
+        calls = [self._settle(stream, graph, result, limited=limited)]
         for k, kernel in enumerate(self._update_kernels(zero_grad)):
-            halvings = self._halvings[k]
-            kernel.launch(
-                self.device,
-                self._tables.chunk_counts[k] << halvings,
-                _cuda.update_threads(self.dtypes[k]),
-                stream,
-                self._tables.context(graph, k),
-                halvings,
-            )
+            halvings, context = self._halvings[k], self._tables.context(graph, k)
+            blocks = self._tables.chunk_counts[k] << halvings
+            threads = _cuda.update_threads(self.dtypes[k])
+            calls.append(kernel.call(self.device, blocks, threads, stream, context, halvings))
+        return calls
 
     def _update_kernels(self, zero_grad: bool) -> list[_device.Kernel]:
         return [
@@ -350,14 +362,28 @@ class Plan:
             for dtype in self.dtypes
         ]
 
-    def rehearsals(self, zero_grad: bool, *, norm: bool) -> list[tuple[Any, tuple[Any, ...]]]:
-        """Return calls that compile the kernels of a step."""
-        kernels = [*self._update_kernels(zero_grad), _cuda.settle_kernel(limited=norm)]
-        if norm:
+    def _kernels(self, nonfinite: str | None) -> list[_device.Kernel]:
+        """Return all beside the update; ``nonfinite`` is None where no norm is asked for."""
+        kernels = [_cuda.settle_kernel(limited=nonfinite is not None)]
+        if nonfinite is not None:
             kernels += [_cuda.sum_kernel(dtype) for dtype in self.dtypes]
-            if any(dtype.itemsize > 4 for dtype in self.dtypes):
+            if self._doubles:
                 kernels.append(_cuda.settle_kernel(limited=True, measure=True))
-        return [(self._prepare, (kernel,)) for kernel in kernels]
+        if nonfinite == "raise":
+            kernels.append(_cuda.settle_kernel(limited=True, ask=True))
+        return kernels
+
+    def _compile(self, zero_grad: bool, nonfinite: str | None) -> None:
+        """Compile what a step needs: what can fail must do so before anything is started."""
+        if (zero_grad, nonfinite) not in self._compiled:
+            for kernel in self._update_kernels(zero_grad) + self._kernels(nonfinite):
+                kernel.prepare()
+            self._compiled.add((zero_grad, nonfinite))
+
+    def rehearsals(self, nonfinite: str | None) -> list[tuple[Any, tuple[Any, ...]]]:
+        """Return calls that compile the kernels of all steps."""
+        kernels = self._update_kernels(False) + self._update_kernels(True)
+        return [(self._prepare, (kernel,)) for kernel in kernels + self._kernels(nonfinite)]
 
     def _prepare(self, kernel: _device.Kernel) -> None:
         with _device.context(self.device):

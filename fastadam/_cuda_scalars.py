@@ -1,5 +1,6 @@
 """A step's scalars where the host does not know how many steps have been skipped."""
 
+import functools
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -19,19 +20,22 @@ class StepCount:
     """The count of steps, as an array of one, waited for only where the device alone knows it."""
 
     def __init__(self, plan: Any, count: int) -> None:
-        self._plan, self._known = plan, count
+        self._plan = plan
+        self._known = np.array([count], dtype=np.int64)
         # Steps that may yet turn out to be skipped, oldest first; whether some are in a graph.
         self._pending: deque[Outcome] = deque()
         self.replayed = False
 
-    def add(self, outcome: Outcome | None) -> None:
-        """Count a step, or one that may be skipped."""
+    def counting(self, outcome: Outcome | None) -> Callable[[], object]:
+        """Return a call that counts a step, or one that may be skipped.
+
+        No signal is acted on in it.
+        """
         if outcome is None:
-            self._known += 1
-        else:
-            while self._pending and self._pending[0].is_past():
-                self._take_oldest()
-            self._pending.append(outcome)
+            return functools.partial(np.add, self._known, 1, self._known)
+        while self._pending and self._pending[0].is_past():
+            self._take_oldest()
+        return functools.partial(self._pending.append, outcome)
 
     def possible(self) -> list[int]:
         """Return the counts that are possible, waiting only where they are too many."""
@@ -41,25 +45,26 @@ class StepCount:
         with _device.relaxed():
             while pending and (pending[0].is_past() or len(pending) >= MOST_TABLES):
                 self._take_oldest()
-        return list(range(self._known, self._known + len(pending) + 1))
+        known = int(self._known[0])
+        return list(range(known, known + len(pending) + 1))
 
     def _take_oldest(self) -> None:
         last = self._pending[0].resolve()
-        self._known = last.step + (not last.skipped)
+        self._known[0] = last.step + (not last.skipped)
         self._pending.popleft()
 
     def __getitem__(self, place: int) -> int:
         # Of a step that goes into a graph nobody knows its number.
         if self.replayed and not self._plan.is_capturing():
-            self._known = self._plan.read_count()
+            self._known[0] = self._plan.read_count()
             self._pending.clear()
         while self._pending:
             self._take_oldest()
-        return self._known
+        return int(self._known[0])
 
     def __setitem__(self, place: int, count: int) -> None:
         self._plan.write_count(count)
-        self._known = count
+        self._known[0] = count
         self._pending.clear()
 
 

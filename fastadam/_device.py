@@ -71,17 +71,24 @@ class Kernel:
         """Compile it now."""
         _ = self.compiled
 
-    def launch(self, device: int, blocks: int, threads: int, stream: int, *arguments: int) -> None:
-        """Start it on the current device, unless there is no block to start."""
-        start = self._launchers.get((device, blocks, threads, stream))
-        if start is None:
-            if not blocks:
-                return
+    def call(
+        self, device: int, blocks: int, threads: int, stream: int, *arguments: int
+    ) -> Callable[[], object]:
+        """Return a call that starts it on the current device, if there is a block to start."""
+        if not blocks:
+            return _nothing
+        make = self._launchers.get((device, blocks, threads, stream))
+        if make is None:
             if len(self._launchers) == MOST_LAUNCHERS:  # streams come and go
                 self._launchers.clear()
-            start = launcher(self.compiled, blocks, threads, stream)
-            self._launchers[device, blocks, threads, stream] = start
-        start(*arguments)
+            make = launcher(self.compiled, blocks, threads, stream)
+            self._launchers[device, blocks, threads, stream] = make
+        call: Callable[[], object] = make(*arguments)
+        return call
+
+
+def _nothing() -> None:
+    pass
 
 
 def inline(function: Callable[..., Any]) -> Any:

@@ -4,7 +4,7 @@ import contextlib
 import ctypes
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from cuda.core import LaunchConfig, launch
@@ -21,7 +21,7 @@ def stream_object(handle: int) -> Any:
 
 
 def launcher(compiled: Any, blocks: int, threads: int, stream: int) -> Any:
-    """Return what starts a kernel whose arguments are int64, on the current device."""
+    """Return what makes, of a kernel's int64 arguments, a call that starts it on this device."""
     with warnings.catch_warnings():  # of few blocks: if there is one, one is meant
         warnings.simplefilter("ignore")
         configured = compiled[blocks, threads, stream_object(stream)]
@@ -33,8 +33,9 @@ def launcher(compiled: Any, blocks: int, threads: int, stream: int) -> Any:
         config = LaunchConfig(grid=configured.griddim, block=configured.blockdim)
         queue = configured.stream
     except (AttributeError, ValueError):  # in a version to come
-        return configured
-    return lambda *arguments: launch(queue, config, function, *map(ctypes.c_int64, arguments))
+        return functools.partial(functools.partial, configured)
+    start = functools.partial(functools.partial, launch, queue, config, function)
+    return lambda *arguments: start(*map(ctypes.c_int64, arguments))
 
 
 # The handles of the devices' contexts, which they have had since they were first asked for.
@@ -133,6 +134,10 @@ class Event:
     def hold(self, stream: int) -> None:
         """Let what is started on another stream from now on wait for the point."""
         self._event.wait(stream_object(stream))
+
+    def recording(self, stream: int) -> Callable[[], object]:
+        """Return a call that does so, and in which no signal is acted on."""
+        return functools.partial(binding.cuEventRecord, int(self._event.handle), stream)
 
     def is_past(self) -> bool:
         """Whether the point has been reached."""

@@ -214,7 +214,7 @@ class Plan:
         else:
             # What can fail, compiling and starting threads, must do so before the first write.
             if zero_grad not in self._tried:
-                for kernel, arguments in self.rehearsals(zero_grad, norm=False):
+                for kernel, arguments in self._rehearsals(zero_grad, norm=False):
                     kernel(*arguments)
                 self._tried.add(zero_grad)
             # Two dtypes are all there are. A signal is acted on after a call returns,
@@ -232,8 +232,15 @@ class Plan:
             if grad is not None:
                 np.asarray(grad)[...] = 0
 
-    def rehearsals(self, zero_grad: bool, *, norm: bool) -> list[tuple[Any, tuple[Any, ...]]]:
-        """Return calls of the kernels that a step makes, each on nothing: to compile them."""
+    def rehearsals(self, nonfinite: str | None) -> list[tuple[Any, tuple[Any, ...]]]:
+        """Return calls of the kernels of all steps, each on nothing: to compile them.
+
+        ``nonfinite`` is None where no norm is asked for.
+        """
+        norm = nonfinite is not None
+        return self._rehearsals(False, norm=norm) + self._rehearsals(True, norm=False)
+
+    def _rehearsals(self, zero_grad: bool, *, norm: bool) -> list[tuple[Any, tuple[Any, ...]]]:
         calls: list[tuple[Any, tuple[Any, ...]]] = []
         for context, kernel in zip(self.contexts, self.kernels(zero_grad), strict=True):
             if norm:

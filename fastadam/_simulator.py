@@ -137,7 +137,7 @@ def relaxed() -> Any:
 
 def launcher(compiled: Any, blocks: int, threads: int, stream: int) -> Any:
     """As in `_driver`; a kernel here remembers one size only."""
-    return lambda *arguments: compiled[blocks, threads](*arguments)
+    return lambda *arguments: lambda: compiled[blocks, threads](*arguments)
 
 
 def side_stream(device: int) -> int:
@@ -160,6 +160,10 @@ class Event:
 
     def record(self, stream: int) -> None:
         """As in `_device`."""
+
+    def recording(self, stream: int) -> Callable[[], object]:
+        """As in `_driver`."""
+        return functools.partial(self.record, stream)
 
     def hold(self, stream: int) -> None:
         """As in `_device`."""

@@ -278,8 +278,8 @@ class Adam:
     def _rehearsals(self) -> tuple[Any, list[tuple[Any, tuple[Any, ...]]]]:
         """Return calls of all kernels that `step` may need, each on nothing, and who keeps it."""
         plan = self._plan
-        norm = self._max_grad_norm is not None or self._nonfinite != "propagate"
-        return plan, plan.rehearsals(False, norm=norm) + plan.rehearsals(True, norm=False)
+        limited = self._max_grad_norm is not None or self._nonfinite != "propagate"
+        return plan, plan.rehearsals(self._nonfinite if limited else None)
 
     def _take_own_grads(self) -> tuple[Any, ...]:
         if self._grads is None:

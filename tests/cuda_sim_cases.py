@@ -6,7 +6,9 @@ The simulator rounds as a device does, so every bit is to be the CPU backend's. 
 threads is slow to start, and more so where they wait for each other: norms are taken of few.
 """
 
+import _thread
 import copy
+import functools
 import json
 import math
 import pickle
@@ -354,7 +356,7 @@ def run_reduce(parts, find_largest):
 
     result = np.zeros(1)
     arguments = [parts.ctypes.data, len(parts), result.ctypes.data, find_largest]
-    _device.Kernel(kernel, 4, 8).launch(0, 1, 3, 0, *arguments)
+    _device.Kernel(kernel, 4, 8).call(0, 1, 3, 0, *arguments)()
     return result[0]
 
 
@@ -873,9 +875,10 @@ class Graph:
         self.patch = pytest.MonkeyPatch()
 
         def remember(kernel, *arguments):
-            self.launches.append((kernel, arguments))
+            return lambda: self.launches.append((kernel, arguments))
 
-        self.patch.setattr(_device.Kernel, "launch", remember)
+        self.call = _device.Kernel.call
+        self.patch.setattr(_device.Kernel, "call", remember)
         self.patch.setattr(_device, "is_capturing", lambda _: True)
         return self
 
@@ -884,7 +887,7 @@ class Graph:
 
     def replay(self):
         for kernel, arguments in self.launches:
-            kernel.launch(*arguments)
+            self.call(kernel, *arguments)()
 
 
 @pytest.mark.parametrize("limits", [{}, {"max_grad_norm": 1.0, "nonfinite": "skip"}])
@@ -960,3 +963,25 @@ def test_repr():
 
 def test_told_as_json(result):
     assert json.loads(json.dumps(list(result))) == [0, 0.1, 5.0, False]
+
+
+def test_a_signal_does_not_come_between_the_calls_of_a_step():
+    done = []
+    calls = [_thread.interrupt_main, functools.partial(done.append, 1)]
+    with pytest.raises(KeyboardInterrupt):
+        _cuda_plan.take(calls)
+    assert done == [1]
+
+
+def test_what_cannot_be_compiled_changes_nothing(rng, monkeypatch):
+    twins = Twins(np.ones(5, "f4"), max_grad_norm=1.0)
+    twins.step(draws(rng, [5])[0])
+
+    def refuse(kernel):
+        if kernel.function.__name__ == "update":
+            raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(_device.Kernel, "prepare", refuse)
+    with pytest.raises(RuntimeError, match="no compiler"):
+        twins.cuda.step(InterfaceArray(np.ones(5, "f4")), zero_grad=True)
+    twins.check()
