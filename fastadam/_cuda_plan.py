@@ -15,11 +15,11 @@ from ._cuda_arrays import DeviceArray, current_stream, has_data_ptr, view
 from ._cuda_grads import Grads, lie_at
 from ._cuda_messages import SLOTS, Mailbox, Results
 from ._cuda_scalars import MOST_TABLES, DeviceScalars, StepCount
-from ._cuda_tables import CAPTURED, EAGER, DeviceTables
+from ._cuda_tables import CAPTURED, EAGER, DeviceTables, place_of
 from ._limits import find_nonfinite
 from ._memory import Memory
 from ._result import Outcome, PendingResult, StepResult
-from ._state import ParamState
+from ._state import ParamState, all_arrays
 
 # Blocks for each multiprocessor that are worth halving chunks for, and how often.
 BLOCKS_EACH, MOST_HALVINGS = 8, 3
@@ -56,12 +56,7 @@ class Plan:
         self._states, self._labels, self._scalars = states, labels, scalars
         self._params: list[DeviceArray] = [state.param for state in states]
         self.device = max(0, *(param.device for param in self._params))
-        arrays: list[tuple[str, DeviceArray]] = [(state.label, state.param) for state in states]
-        for state in states:
-            arrays += [(f"{state.label}.{n}", array) for n, array in state.arrays().items()]
-        starts = np.array([array.address for _, array in arrays], dtype=np.int64)
-        nbytes = np.array([array.nbytes for _, array in arrays], dtype=np.int64)
-        self._memory = Memory([label for label, _ in arrays], starts, nbytes)
+        self._memory = Memory.of(all_arrays(states), place_of)
         self.dtypes = list(dict.fromkeys(state.param.dtype for state in states))
         self._amsgrad = any(state.max_exp_avg_sq is not None for state in states)
         self._average = any(state.ema is not None for state in states)

@@ -1,6 +1,7 @@
 """Who shares memory: intervals of bytes, and whether they overlap."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,13 @@ class Memory:
         first[1:] = self._starts[1:] != self._ends[:-1]
         last = np.roll(first, -1)  # the next is a first one, or there is none
         self.blocks = np.stack([self._starts[first], self._ends[last]], axis=1)
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, Any], address: Callable[[Any], int]) -> "Memory":
+        """Return the memory of arrays by name; ``address`` tells where one lies."""
+        starts = np.array([address(array) for array in arrays.values()], dtype=np.int64)
+        sizes = np.array([array.nbytes for array in arrays.values()], dtype=np.int64)
+        return cls(list(arrays), starts, sizes)
 
     def check_apart(self, labels: Sequence[str], starts: Addresses, sizes: Addresses) -> None:
         """Refuse arrays that share memory with these, or with one another."""

@@ -15,7 +15,7 @@ from ._limits import clip_coefficient, find_nonfinite
 from ._memory import Memory
 from ._result import StepResult
 from ._scalars import Scalars
-from ._state import ParamState
+from ._state import ParamState, all_arrays
 from ._tables import (
     DTYPE_MARK,
     GRAD,
@@ -70,14 +70,10 @@ class Plan:
         self._states, self._labels = states, labels
         # Counted where the parameters' own steps are, in the kernel: no signal comes between.
         self.step_count = np.array([step_count], dtype=np.int64)
-        arrays = [(state.label, state.param) for state in states]
-        for state in states:
-            arrays += [(f"{state.label}.{n}", array) for n, array in state.arrays().items()]
-        starts = np.array([address(array) for _, array in arrays], dtype=np.int64)
-        sizes = np.array([array.nbytes for _, array in arrays], dtype=np.int64)
-        self._memory = Memory([label for label, _ in arrays], starts, sizes)
+        arrays = all_arrays(states)
+        self._memory = Memory.of(arrays, address)
         # NumPy refuses to resize, and so to move, an array that has a weak reference.
-        self._pins = [weakref.ref(array) for _, array in arrays]
+        self._pins = [weakref.ref(array) for array in arrays.values()]
 
         dtypes = list(dict.fromkeys(state.param.dtype for state in states))
         self._tensors = tensor_table(states, dtypes, address)

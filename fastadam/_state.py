@@ -39,6 +39,14 @@ class ParamState:
         return named
 
 
+def all_arrays(states: Sequence[ParamState]) -> dict[str, Any]:
+    """Return parameters and state by what they are called in messages."""
+    arrays = {state.label: state.param for state in states}
+    for state in states:
+        arrays |= {f"{state.label}.{name}": array for name, array in state.arrays().items()}
+    return arrays
+
+
 def by_group(states: Sequence[ParamState], groups: int) -> list[list[ParamState]]:
     """Return the states of each group."""
     members: list[list[ParamState]] = [[] for _ in range(groups)]
