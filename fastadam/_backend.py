@@ -115,9 +115,12 @@ def check_together(param: Any, label: str, first: Any, first_label: str) -> None
         If they do.
     """
     places = [_place(each) for each in (param, first)]
-    # An empty array may lie nowhere.
-    if places[0] != places[1] and -1 not in places:
-        names = ["in the host's memory" if at is None else f"on CUDA device {at}" for at in places]
+    # An empty array may lie on any device.
+    if places[0] != places[1] and (None in places or -1 not in places):
+        names = [
+            "in the host's memory" if at is None else f"on CUDA device {max(at, 0)}"
+            for at in places
+        ]
         raise ValueError(f"{label} must be {names[1]}, as {first_label} is, got one {names[0]}")
 
 
@@ -125,6 +128,17 @@ def _place(param: Any) -> int | None:
     """Return the number of a parameter's device, None for the host."""
     device: int | None = param.device if on_device(param) else None
     return device
+
+
+def seen(value: Any) -> Any:
+    """Return something with the shape and the dtype, NumPy's, of an array, wherever it lives.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is no array that could be state.
+    """
+    return of(value).take_param(value, "array") if on_device(value) else np.asarray(value)
 
 
 def as_host(value: Any) -> npt.NDArray[Any]:

@@ -12,56 +12,56 @@ from typing import Any
 import numpy as np
 
 from . import _device, _formula
-from ._device import Kernel, convert, cuda, float64, fma, load, load4, mul, only_if, store, store4
+from ._cuda_layout import (
+    CHUNK_COUNT,
+    CHUNKS,
+    COLUMNS,
+    CONTEXT_COUNT,
+    CONTEXT_SIZE,
+    COUNT,
+    FACTOR,
+    FIRST_COUNT,
+    GRADS,
+    GROUP_COUNT,
+    HYPER,
+    HYPER_TABLES,
+    IS_DOUBLE,
+    MAX_NORM,
+    MAXIMA,
+    MAY_SKIP,
+    NORM,
+    PART_COUNT,
+    ROW_BYTES,
+    ROWS,
+    SCALE,
+    SKIPPED,
+    STEP_COUNT,
+    SUMS,
+    TABLE_COUNT,
+    TENSOR_COUNT,
+    TENSORS,
+)
+from ._cuda_update import update
+from ._device import Kernel, convert, cuda, float64, fma, load, mul, store
 from ._tables import (
     BETA1,
     BETA2,
-    CHUNK,
     CHUNK_COLUMNS,
     CHUNK_OFFSET,
     CHUNK_SIZE,
     CHUNK_TENSOR,
-    EMA,
     EPS,
-    EXP_AVG,
-    EXP_AVG_SQ,
     GRAD_FACTOR,
     GROUP,
     GROUP_COLUMNS,
     L2,
     LR,
-    MAX_EXP_AVG_SQ,
     ONE_MINUS_EMA_DECAY,
-    PARAM,
     ROW,
     STEP,
     WEIGHT_DECAY,
 )
 from ._tables import DTYPE as TENSOR_DTYPE
-
-# Of the table of tensors a device has the columns up to here.
-COLUMNS = ROW + 1
-# Bytes from one tensor's scalars to the next one's: 11 of any type, and a cache line.
-ROW_BYTES = 128
-
-# What a kernel is given the address of: for each dtype a table of these. Addresses, and how
-# long the tables are; of the norm there is a part for each `WARPS` chunks.
-(
-    TENSORS, TENSOR_COUNT, GRADS, ROWS, HYPER, GROUP_COUNT, SCALE, STEP_COUNT, CHUNKS,
-    CHUNK_COUNT, SUMS, MAXIMA, PART_COUNT, IS_DOUBLE, CONTEXT_COUNT,
-) = range(15)  # fmt: skip
-CONTEXT_SIZE = 16
-
-# The cells of `HYPER`, float64: what the gradients are multiplied by, the norm they are
-# scaled down to, whether a step is skipped that is not finite. Then a table of groups for
-# each count of steps that the host, which does not wait to hear of skipped ones, thinks
-# possible: their number, and the first count, both int64.
-FACTOR, MAX_NORM, MAY_SKIP, TABLE_COUNT, FIRST_COUNT = range(5)
-HYPER_TABLES = 8
-
-# The cells of what is told of a step: norm, 1.0 if it was skipped, steps so far.
-NORM, SKIPPED, COUNT = range(3)
-RESULT_SIZE = 4
 
 # Threads of a block; of `sum_kernel`, a warp to a chunk, `WARPS` of them.
 UPDATE_THREADS = 256
@@ -78,12 +78,9 @@ SMALL, LARGE = 1e-280, 1e300
 LARGEST_SCALE = 1000
 
 INT64, DOUBLE, SINGLE, ONE = np.int64(0), np.float64(0), np.float32(0), np.float64(1)
-# What a kernel is compiled for: the parameters' type, and for each option True, or None
+# What a kernel is compiled for: the gradients' type, and for each option True, or None
 # where it is off. `Kernel` puts other values in the place of these.
-FLOAT, ITEMSIZE = np.float64, 8
-AMSGRAD: Any = None
-AVERAGE: Any = None
-ZERO_GRAD: Any = None
+FLOAT = np.float64
 LIMITED: Any = None
 MEASURE: Any = None
 ASK: Any = None
@@ -95,142 +92,6 @@ step_scalars = _device.inline(
         _formula.step_scalars, fma=fma, one_minus_power=one_minus_power, math=_device.root
     )
 )
-adam_update = _device.inline(_formula.bind(_formula.adam_update, fma=fma, math=_device.root))
-
-
-@_device.inline
-def update4(
-    param: Any, grad: Any, exp_avg: Any, exp_avg_sq: Any, max_exp_avg_sq: Any, ema: Any, i: Any,
-    grad_factor: Any, l2: Any, decay: Any, beta1: Any, one_minus_beta1: Any, beta2: Any,
-    one_minus_beta2: Any, step_size: Any, inv_sqrt_bias2: Any, eps: Any, average: Any,
-    zero_grad: Any,
-) -> None:  # fmt: skip
-    """Update 4 elements from ``i`` on, every address of which is aligned to 16 bytes."""
-    p0, p1, p2, p3 = load4(param, i, eps)
-    g0, g1, g2, g3 = load4(grad, i, eps)
-    m0, m1, m2, m3 = load4(exp_avg, i, eps)
-    v0, v1, v2, v3 = load4(exp_avg_sq, i, eps)
-    x0, x1, x2, x3 = load4(max_exp_avg_sq, i, eps)
-    e0, e1, e2, e3 = load4(ema, i, eps)
-    p0, m0, v0, x0, e0 = adam_update(
-        p0, g0, m0, v0, x0, e0, grad_factor, l2, decay, beta1, one_minus_beta1,
-        beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps, average,
-    )  # fmt: skip
-    p1, m1, v1, x1, e1 = adam_update(
-        p1, g1, m1, v1, x1, e1, grad_factor, l2, decay, beta1, one_minus_beta1,
-        beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps, average,
-    )  # fmt: skip
-    p2, m2, v2, x2, e2 = adam_update(
-        p2, g2, m2, v2, x2, e2, grad_factor, l2, decay, beta1, one_minus_beta1,
-        beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps, average,
-    )  # fmt: skip
-    p3, m3, v3, x3, e3 = adam_update(
-        p3, g3, m3, v3, x3, e3, grad_factor, l2, decay, beta1, one_minus_beta1,
-        beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps, average,
-    )  # fmt: skip
-    store4(param, i, p0, p1, p2, p3)
-    store4(exp_avg, i, m0, m1, m2, m3)
-    store4(exp_avg_sq, i, v0, v1, v2, v3)
-    if max_exp_avg_sq is not None:
-        store4(max_exp_avg_sq, i, x0, x1, x2, x3)
-    if ema is not None:
-        store4(ema, i, e0, e1, e2, e3)
-    if zero_grad is not None:
-        store4(grad, i, zero_grad, zero_grad, zero_grad, zero_grad)
-
-
-@_device.inline
-def update1(
-    param: Any, grad: Any, exp_avg: Any, exp_avg_sq: Any, max_exp_avg_sq: Any, ema: Any, i: Any,
-    grad_factor: Any, l2: Any, decay: Any, beta1: Any, one_minus_beta1: Any, beta2: Any,
-    one_minus_beta2: Any, step_size: Any, inv_sqrt_bias2: Any, eps: Any, average: Any,
-    zero_grad: Any,
-) -> None:  # fmt: skip
-    """Update one element."""
-    p, m, v, x, e = adam_update(
-        load(param, i, eps), load(grad, i, eps), load(exp_avg, i, eps), load(exp_avg_sq, i, eps),
-        load(max_exp_avg_sq, i, eps), load(ema, i, eps),
-        grad_factor, l2, decay, beta1, one_minus_beta1,
-        beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps, average,
-    )  # fmt: skip
-    store(param, i, p)
-    store(exp_avg, i, m)
-    store(exp_avg_sq, i, v)
-    if max_exp_avg_sq is not None:
-        store(max_exp_avg_sq, i, x)
-    if ema is not None:
-        store(ema, i, e)
-    if zero_grad is not None:
-        store(grad, i, zero_grad)
-
-
-@_device.inline
-def update_elements(
-    param: Any, grad: Any, exp_avg: Any, exp_avg_sq: Any, max_exp_avg_sq: Any, ema: Any,
-    size: Any, row: Any, l2: Any, zero_grad: Any, zero: Any, thread: Any, threads: Any,
-) -> None:  # fmt: skip
-    """Update ``size`` elements with all threads of a block; ``row`` is where the scalars are."""
-    grad_factor, decay = load(row, 0, zero), load(row, 2, zero)
-    beta1, one_minus_beta1 = load(row, 3, zero), load(row, 4, zero)
-    beta2, one_minus_beta2 = load(row, 5, zero), load(row, 6, zero)
-    step_size, inv_sqrt_bias2 = load(row, 7, zero), load(row, 8, zero)
-    eps, average = load(row, 9, zero), load(row, 10, zero)
-    places = param | grad | exp_avg | exp_avg_sq
-    if max_exp_avg_sq is not None:
-        places |= max_exp_avg_sq
-    if ema is not None:
-        places |= ema
-    # Our own arrays are aligned; the user's may begin anywhere.
-    fours = size // 4 if places % 16 == 0 else 0
-    # `range` with a step that is not known would divide.
-    i = 4 * thread
-    while i < 4 * fours:
-        update4(
-            param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, ema, i,
-            grad_factor, l2, decay, beta1, one_minus_beta1, beta2, one_minus_beta2,
-            step_size, inv_sqrt_bias2, eps, average, zero_grad,
-        )  # fmt: skip
-        i += 4 * threads
-    i = 4 * fours + thread
-    while i < size:
-        update1(
-            param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, ema, i,
-            grad_factor, l2, decay, beta1, one_minus_beta1, beta2, one_minus_beta2,
-            step_size, inv_sqrt_bias2, eps, average, zero_grad,
-        )  # fmt: skip
-        i += threads
-
-
-def update(context: Any, halvings: Any) -> None:
-    """Take the step for one dtype: each block a part of a chunk, which was halved so often."""
-    zero, thread, threads = FLOAT(0), cuda.threadIdx.x, cuda.blockDim.x
-    chunk = load(context, CHUNKS, INT64) + (cuda.blockIdx.x >> halvings) * (8 * CHUNK_COLUMNS)
-    t = load(chunk, CHUNK_TENSOR, INT64)
-    tensor = load(context, TENSORS, INT64) + t * (8 * COLUMNS)
-    grad = load(load(context, GRADS, INT64), t, INT64)
-    part = CHUNK >> halvings
-    start = (cuda.blockIdx.x & ((1 << halvings) - 1)) * part
-    size = max(min(load(chunk, CHUNK_SIZE, INT64) - start, part), 0)  # nothing, in the last parts
-    offset = load(chunk, CHUNK_OFFSET, INT64) + start * ITEMSIZE
-    if load(tensor, ROW, INT64) >= 0:
-        row = load(context, ROWS, INT64) + t * ROW_BYTES
-        param, grad = load(tensor, PARAM, INT64) + offset, grad + offset
-        m = load(tensor, EXP_AVG, INT64) + offset
-        v = load(tensor, EXP_AVG_SQ, INT64) + offset
-        x = only_if(AMSGRAD, load(tensor, MAX_EXP_AVG_SQ, INT64) + offset)
-        e = only_if(AVERAGE, load(tensor, EMA, INT64) + offset)
-        z = only_if(ZERO_GRAD, zero)
-        l2 = load(row, 1, zero)
-        # Decided for the block, so that the loops have no such question in them.
-        if l2 == 0:
-            update_elements(param, grad, m, v, x, e, size, row, None, z, zero, thread, threads)
-        else:
-            update_elements(param, grad, m, v, x, e, size, row, l2, z, zero, thread, threads)
-    elif ZERO_GRAD is not None and grad != 0:  # the step is skipped, its gradients are not
-        i = INT64 + thread
-        while i < size:
-            store(grad + offset, i, zero)
-            i += threads
 
 
 @_device.inline

@@ -1,7 +1,7 @@
 """Arrays on a CUDA device: whose it is, where it lies, is it usable; and our own."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -120,6 +120,8 @@ def _check(
     kind: str, dtype: Any, shape: Sequence[int], strides: Any, address: int, label: str
 ) -> str:
     """Refuse what cannot be used where it lies; return its order."""
+    if not address and 0 not in shape:
+        raise ValueError(f"{label} must have memory of its own, got {kind} without any")
     if dtype not in DTYPES:
         raise TypeError(f"{label}.dtype must be float32 or float64, got {dtype}")
     order = "C" if strides is None else _order(shape, strides, dtype.itemsize)
@@ -134,7 +136,9 @@ def _check(
 
 
 def _library(array: Any) -> str:
-    return type(array).__module__.partition(".")[0]
+    """Return whose the array is, be it of a class that a user has derived."""
+    names = [kind.__module__.partition(".")[0] for kind in type(array).__mro__]
+    return next((name for name in names if name in ("torch", "cupy", "numba")), names[0])
 
 
 def view(array: Any, label: str, *, writable: bool) -> DeviceArray:
@@ -181,6 +185,9 @@ def view(array: Any, label: str, *, writable: bool) -> DeviceArray:
 
 def _view_of_tensor(tensor: Any, kind: str, label: str) -> DeviceArray:
     """Do the same for torch's, which exports nothing that needs a gradient."""
+    layout = str(getattr(tensor, "layout", "torch.strided"))
+    if layout != "torch.strided":
+        raise TypeError(f"{label} must be dense, got {kind} of layout {layout}")
     name = str(tensor.dtype).rpartition(".")[2]
     if name not in ("float32", "float64"):
         raise TypeError(f"{label}.dtype must be float32 or float64, got {tensor.dtype}")
@@ -193,17 +200,24 @@ def _view_of_tensor(tensor: Any, kind: str, label: str) -> DeviceArray:
 
 def current_stream(array: DeviceArray) -> int:
     """Return the stream on which the library that an array is of would work on it now."""
-    owner = array.owner
-    library = _library(owner)
+    return stream_source(array)()
+
+
+def stream_source(array: DeviceArray) -> Callable[[], int]:
+    """Return what tells that stream, at any time, without keeping the array."""
+    library, device = _library(array.owner), array.device
     if library == "torch":
         torch = sys.modules["torch"]
-        return int(torch.cuda.current_stream(array.device).cuda_stream)
+        return lambda: int(torch.cuda.current_stream(device).cuda_stream)
     if library == "cupy":
-        return int(sys.modules["cupy"].cuda.get_current_stream().ptr)
+        cupy = sys.modules["cupy"]
+        return lambda: int(cupy.cuda.get_current_stream().ptr)
     if library == "numba":  # its interface takes microseconds
-        return int(getattr(owner, "stream", 0) or 0)
-    interface = getattr(owner, "__cuda_array_interface__", None)
-    return int((interface or {}).get("stream") or 0)
+        stream = int(getattr(array.owner, "stream", 0) or 0)
+    else:
+        interface = getattr(array.owner, "__cuda_array_interface__", None)
+        stream = int((interface or {}).get("stream") or 0)
+    return lambda: stream
 
 
 # The key of arrays of our own, on which whoever writes to them works.
@@ -237,8 +251,11 @@ def glance(array: Any) -> tuple[int, Any]:
     if isinstance(array, DeviceArray):
         return array.address, (array.shape, array.order, array.dtype, array.device)
     if has_data_ptr(array):
-        traits = (array.shape, array.stride(), array.dtype, array.device)
-        return array.data_ptr(), traits
+        try:
+            traits = (array.shape, array.stride(), array.dtype, array.device)
+            return array.data_ptr(), traits
+        except RuntimeError:  # sparse ones have no strides: `view` says so
+            return 0, None
     return 0, None
 
 
@@ -251,8 +268,9 @@ def allocate(likes: Sequence[DeviceArray]) -> list[DeviceArray]:
     with _device.context(device):
         buffer = OwnBuffer(sum(sizes) + ALIGNMENT)
         start = buffer.address + -buffer.address % ALIGNMENT
-        _device.clear(start, sum(sizes), 0)
-        _device.synchronize(0)
+        if sum(sizes):
+            _device.clear(start, sum(sizes), 0)
+            _device.synchronize(0)
     arrays = []
     for like, size in zip(likes, sizes, strict=True):
         arrays.append(DeviceArray(buffer, start, like.shape, like.dtype, like.order, device))

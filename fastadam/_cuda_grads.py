@@ -10,7 +10,7 @@ import numpy as np
 
 from . import _jit, _reader
 from ._arrays import address
-from ._cuda_arrays import OWN, DeviceArray, glance, has_data_ptr, stream_key, view
+from ._cuda_arrays import OWN, DeviceArray, glance, has_data_ptr, stream_key, stream_source, view
 from ._memory import Memory
 
 
@@ -44,9 +44,9 @@ class Grads:
     ----------
     places : int64 array
         The address of each, 0 for None.
-    visitors : list of DeviceArray
-        One array of each library, other than the first parameter's, that has a
-        stream of its own.
+    visitors : list of callable
+        For each library, other than the first parameter's, that has a stream of
+        its own, what tells that stream.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Grads:
         self.places = np.zeros(len(params), dtype=np.int64)
         self._nbytes = np.array([param.nbytes for param in params], dtype=np.int64)
         self._own_key = stream_key(params[0])
-        self._visiting_params = {stream_key(param): param for param in params}
+        self._visiting_params = {stream_key(param): stream_source(param) for param in params}
         del self._visiting_params[self._own_key]
         self.visitors = list(self._visiting_params.values())
         # For each: what was told of it beside its address, when it was found to fit.
@@ -98,11 +98,12 @@ class Grads:
             if grad is None:
                 continue
             place, trait = glance(grad)
-            if trait is None or trait != known[k] or place % self._params[k].dtype.itemsize:
+            whole = place % self._params[k].dtype.itemsize == 0 and (place or not self._nbytes[k])
+            if trait is None or trait != known[k] or not whole:
                 found = self._view(k, grad, writable)
                 place, key = found.address, stream_key(found)
                 if key not in (self._own_key, OWN):
-                    visitors.setdefault(key, found)
+                    visitors.setdefault(key, stream_source(found))
                     trait = None  # to be found again, by the same way, in the next step
             # An empty array may lie at 0, which stands for None.
             places[k], traits[k] = place or 1, trait

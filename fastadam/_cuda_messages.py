@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import _cuda, _device
+from . import _cuda_layout, _device
 from ._arrays import address
 from ._result import Outcome, StepResult
 
@@ -40,9 +40,10 @@ class Mailbox:
 class Results:
     """What steps have to tell, written by the device to memory that the host reads."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: int) -> None:
+        self._device = device
         # One more, for steps in a graph.
-        self._slots = _device.pinned(_cuda.RESULT_SIZE, SLOTS + 1)
+        self._slots = _device.pinned(_cuda_layout.RESULT_SIZE, SLOTS + 1)
         self._events: list[Any] = []
         self._pending: list[Any] = []
         self._next = 0
@@ -65,10 +66,15 @@ class Results:
         event = self._events[place]
 
         def ask() -> StepResult:
-            event.wait()
+            with _device.context(self._device):  # whatever thread asks
+                event.wait()
             return self.read(place, lr_of)
 
-        outcome = Outcome(ask, event.is_past)
+        def is_past() -> bool:
+            with _device.context(self._device):
+                return bool(event.is_past())
+
+        outcome = Outcome(ask, is_past)
         self._pending[place] = weakref.ref(outcome)
         return place, event, outcome
 
@@ -78,7 +84,10 @@ class Results:
 
     def read(self, slot: int, lr_of: Callable[[int], float]) -> StepResult:
         """Return what a slot holds."""
-        norm, skipped = self._slots[slot, _cuda.NORM], bool(self._slots[slot, _cuda.SKIPPED])
-        count = int(self._slots.view(np.int64)[slot, _cuda.COUNT])
+        norm, skipped = (
+            self._slots[slot, _cuda_layout.NORM],
+            bool(self._slots[slot, _cuda_layout.SKIPPED]),
+        )
+        count = int(self._slots.view(np.int64)[slot, _cuda_layout.COUNT])
         step = count if skipped else count - 1
         return StepResult(step, lr_of(step), float(norm), skipped)

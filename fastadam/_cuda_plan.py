@@ -3,14 +3,13 @@
 import contextlib
 import math
 import operator
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from . import _cuda, _device
+from . import _cuda, _cuda_layout, _device
 from ._cuda_arrays import DeviceArray, current_stream, has_data_ptr, view
 from ._cuda_grads import Grads, lie_at
 from ._cuda_messages import SLOTS, Mailbox, Results
@@ -30,8 +29,15 @@ def take(calls: Iterable[Callable[[], object]]) -> None:
 
     Without a step of Python's between one and the next, where a signal's
     handler could raise: what one has counted, the next must update.
+
+    Raises
+    ------
+    RuntimeError
+        If the driver has refused one.
     """
-    deque(map(operator.call, calls), maxlen=0)
+    for told in list(map(operator.call, calls)):
+        if isinstance(told, tuple) and int(told[0]):  # the driver's own, as numba-cuda has none
+            raise RuntimeError(f"the CUDA driver says {told[0]}")
 
 
 class Plan:
@@ -62,7 +68,7 @@ class Plan:
         self._average = any(state.ema is not None for state in states)
         self._doubles = any(dtype.itemsize > 4 for dtype in self.dtypes)
         self._compiled: set[tuple[bool, str | None]] = set()
-        self._hyper = np.zeros(_cuda.HYPER_TABLES + MOST_TABLES * scalars.rows.size)
+        self._hyper = np.zeros(_cuda_layout.HYPER_TABLES + MOST_TABLES * scalars.rows.size)
         with _device.context(self.device):
             self._tables = DeviceTables(
                 states,
@@ -74,7 +80,7 @@ class Plan:
                 self.device,
             )
             self._hyper_mail, self._grad_mail = Mailbox(self._hyper.size), Mailbox(len(states))
-            self._results, self._order = Results(), _device.Event()
+            self._results, self._order = Results(self.device), _device.Event()
             self._side = _device.side_stream(self.device)
             enough = BLOCKS_EACH * _device.multiprocessors(self.device)
         self._halvings = [
@@ -90,7 +96,7 @@ class Plan:
         self._tensor_params = [owner for owner in owners if has_data_ptr(owner)]
         self._tensor_places = [tensor.data_ptr() for tensor in self._tensor_params]
         # What the device has been sent: hyperparameters, addresses; those of the graphs.
-        self._sent_hyper = b""
+        self._sent_hyper = [b"", b""]
         self._sent_places = np.zeros(len(states), dtype=np.int64)
         self._graph_places = np.zeros(len(states), dtype=np.int64)
         self._graph_limited = False
@@ -105,6 +111,12 @@ class Plan:
     @steps.setter
     def steps(self, steps: npt.NDArray[np.int64]) -> None:
         self._tables.steps = steps
+
+    @contextlib.contextmanager
+    def asking(self) -> Iterator[None]:
+        """Be where events can be waited for: in any thread, a capture under way or not."""
+        with _device.context(self.device), _device.relaxed():
+            yield
 
     def is_capturing(self) -> bool:
         """Whether a step taken now would go into a graph."""
@@ -164,7 +176,7 @@ class Plan:
             with self._stream(limits=None) as (stream, graph):
                 calls = self._calls(stream, graph, zero_grad, result=0, limited=False)
                 if graph == EAGER:
-                    calls.append(self.step_count.counting(None))
+                    calls.append(self.step_count.counting(None, may_skip=False))
                 take(calls)
         return number
 
@@ -203,8 +215,8 @@ class Plan:
                         event.record(stream)
                         self._raise_if_skipped(outcome, grads)
                     calls = self._calls(stream, graph, zero_grad, place, limited=True)
-                    counted = outcome if nonfinite == "skip" else None
-                    take([*calls, event.recording(stream), self.step_count.counting(counted)])
+                    counting = self.step_count.counting(outcome, may_skip=nonfinite == "skip")
+                    take([*calls, event.recording(stream), counting])
         result: Any = PendingResult(outcome)
         return result  # type: ignore[no-any-return]
 
@@ -229,7 +241,7 @@ class Plan:
     def _stream(self, limits: Any) -> Iterator[tuple[int, int]]:
         """Bring the device's tables up to date; wait, on the device, for who else works there."""
         stream = current_stream(self._params[0])
-        others = {current_stream(visitor) for visitor in self._grads.visitors} - {stream}
+        others = {visitor() for visitor in self._grads.visitors} - {stream}
         graph = CAPTURED if _device.is_capturing(stream) else EAGER
         if graph == CAPTURED:
             self._check_graph(limits)
@@ -253,10 +265,8 @@ class Plan:
     def _check_graph(self, limits: Any) -> None:
         if limits is not None and limits[1] == "raise":
             raise RuntimeError("nonfinite='raise' waits for the device: not in a CUDA graph")
-        if not self.step_count.replayed:
-            self._graph_limited = limits is not None
-            return
-        if not np.array_equal(self._graph_places, self._grads.places):
+        self._graph_limited = limits is not None
+        if self.step_count.replayed and not np.array_equal(self._graph_places, self._grads.places):
             raise RuntimeError(
                 "gradients must lie, for every CUDA graph that has a step of this optimizer,"
                 " where they lay for the first"
@@ -264,7 +274,7 @@ class Plan:
 
     def _send(self, limits: Any, stream: int) -> None:
         """Send hyperparameters and the gradients' addresses, if they are not there already."""
-        self._send_hyper(limits, stream)
+        self._send_hyper(limits, stream, EAGER)
         places = self._grads.places
         if self._sent_places is not places:
             if not np.array_equal(self._sent_places, places):
@@ -273,33 +283,33 @@ class Plan:
 
     def _send_for_graph(self, limits: Any) -> None:
         """Do the same at once, not when the graph is replayed."""
-        self._send_hyper(limits, self._side)
+        self._send_hyper(limits, self._side, CAPTURED)
         if not self.step_count.replayed:
             self._graph_places = self._grads.places.copy()
             self._grad_mail.send(self._graph_places, self._tables.places["grads1"], self._side)
         self.step_count.replayed = True
         _device.synchronize(self._side)
 
-    def _send_hyper(self, limits: Any, stream: int) -> None:
-        scalars, start = self._scalars, _cuda.HYPER_TABLES
+    def _send_hyper(self, limits: Any, stream: int, graph: int) -> None:
+        scalars, start = self._scalars, _cuda_layout.HYPER_TABLES
         size = scalars.rows.size
         words = self._hyper[: start + len(scalars.tables) * size]
         for k, table in enumerate(scalars.tables):
             words[start + k * size : start + (k + 1) * size] = table.reshape(-1)
         counts = words.view(np.int64)
-        counts[_cuda.TABLE_COUNT], counts[_cuda.FIRST_COUNT] = len(scalars.tables), 0
+        counts[_cuda_layout.TABLE_COUNT], counts[_cuda_layout.FIRST_COUNT] = len(scalars.tables), 0
         if len(scalars.tables) > 1:
-            counts[_cuda.FIRST_COUNT] = scalars.first
+            counts[_cuda_layout.FIRST_COUNT] = scalars.first
         if limits is not None:
             max_grad_norm, nonfinite = limits
-            words[_cuda.FACTOR] = scalars.inverse
-            words[_cuda.MAX_NORM] = math.inf if max_grad_norm is None else max_grad_norm
-            words[_cuda.MAY_SKIP] = nonfinite != "propagate"
+            words[_cuda_layout.FACTOR] = scalars.inverse
+            words[_cuda_layout.MAX_NORM] = math.inf if max_grad_norm is None else max_grad_norm
+            words[_cuda_layout.MAY_SKIP] = nonfinite != "propagate"
         image = words.tobytes()
-        if image != self._sent_hyper:
-            self._sent_hyper = b""  # until it is on its way
-            self._hyper_mail.send(words, self._tables.places["hyper"], stream)
-            self._sent_hyper = image
+        if image != self._sent_hyper[graph]:
+            self._sent_hyper[graph] = b""  # until it is on its way
+            self._hyper_mail.send(words, self._tables.places[f"hyper{graph}"], stream)
+            self._sent_hyper[graph] = image
 
     def prepare_replay(self, max_grad_norm: float | None, nonfinite: str) -> None:
         """Bring the hyperparameters that a graph reads up to date.
@@ -318,7 +328,7 @@ class Plan:
             )
         with _device.context(self.device):
             limits = (max_grad_norm, nonfinite) if limited else None
-            self._send_hyper(limits, current_stream(self._params[0]))
+            self._send_hyper(limits, current_stream(self._params[0]), CAPTURED)
 
     def _sum(self, stream: int, graph: int) -> None:
         """Start what sums the squares of the gradients."""

@@ -1,6 +1,8 @@
 """A step's scalars where the host does not know how many steps have been skipped."""
 
 import functools
+import threading
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import _device
 from ._result import Outcome
 from ._scalars import Scalars
 
@@ -20,33 +21,36 @@ class StepCount:
     """The count of steps, as an array of one, waited for only where the device alone knows it."""
 
     def __init__(self, plan: Any, count: int) -> None:
-        self._plan = plan
+        self._plan = weakref.proxy(plan)  # whose memory is to go when the optimizer does
         self._known = np.array([count], dtype=np.int64)
         # Steps that may yet turn out to be skipped, oldest first; whether some are in a graph.
         self._pending: deque[Outcome] = deque()
         self.replayed = False
+        # It may be asked in one thread while another takes steps.
+        self._lock = threading.RLock()
 
-    def counting(self, outcome: Outcome | None) -> Callable[[], object]:
+    def counting(self, outcome: Outcome | None, *, may_skip: bool) -> Callable[[], object]:
         """Return a call that counts a step, or one that may be skipped.
 
         No signal is acted on in it.
         """
-        if outcome is None:
-            return functools.partial(np.add, self._known, 1, self._known)
-        while self._pending and self._pending[0].is_past():
-            self._take_oldest()
-        return functools.partial(self._pending.append, outcome)
+        with self._lock:
+            while self._pending and self._pending[0].is_past():
+                self._take_oldest()
+            if outcome is None or not (may_skip or self._pending):
+                return functools.partial(np.add, self._known, 1, self._known)
+            return functools.partial(self._pending.append, outcome)
 
     def possible(self) -> list[int]:
         """Return the counts that are possible, waiting only where they are too many."""
         if self.replayed:
             return [self[0]]
         pending = self._pending
-        with _device.relaxed():
+        with self._lock, self._plan.asking():
             while pending and (pending[0].is_past() or len(pending) >= MOST_TABLES):
                 self._take_oldest()
-        known = int(self._known[0])
-        return list(range(known, known + len(pending) + 1))
+            known = int(self._known[0])
+            return list(range(known, known + len(pending) + 1))
 
     def _take_oldest(self) -> None:
         last = self._pending[0].resolve()
@@ -55,17 +59,19 @@ class StepCount:
 
     def __getitem__(self, place: int) -> int:
         # Of a step that goes into a graph nobody knows its number.
-        if self.replayed and not self._plan.is_capturing():
-            self._known[0] = self._plan.read_count()
-            self._pending.clear()
-        while self._pending:
-            self._take_oldest()
-        return int(self._known[0])
+        with self._lock, self._plan.asking():
+            if self.replayed and not self._plan.is_capturing():
+                self._known[0] = self._plan.read_count()
+                self._pending.clear()
+            while self._pending:
+                self._take_oldest()
+            return int(self._known[0])
 
     def __setitem__(self, place: int, count: int) -> None:
-        self._plan.write_count(count)
-        self._known[0] = count
-        self._pending.clear()
+        with self._lock:
+            self._plan.write_count(count)
+            self._known[0] = count
+            self._pending.clear()
 
 
 class DeviceScalars(Scalars):

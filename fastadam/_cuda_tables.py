@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import _cuda, _device
+from . import _cuda, _cuda_layout, _device
 from ._arrays import address
 from ._cuda_arrays import DeviceArray
 from ._state import ParamState
 from ._tables import DTYPE, SIZE, STEP, chunk_table, tensor_table
 
-# A step is compiled to read its gradients' addresses from one of two tables.
+# A step reads its gradients' addresses and its hyperparameters from one of two tables.
 EAGER, CAPTURED = range(2)
 # Tables begin with a cache line.
 LINE = 128
@@ -63,14 +63,15 @@ class DeviceTables:
         tensors = tensor_table(states, dtypes, place_of)
         tensors[:, STEP] = steps
         parts: dict[str, npt.NDArray[Any]] = {
-            "tensors": np.ascontiguousarray(tensors[:, : _cuda.COLUMNS]),
-            "hyper": np.zeros(hyper_words),
+            "tensors": np.ascontiguousarray(tensors[:, : _cuda_layout.COLUMNS]),
+            "hyper0": np.zeros(hyper_words),
+            "hyper1": np.zeros(hyper_words),
             "scale": np.ones(1),
             "step_count": np.array([step_count]),
             "is_double": np.array([dtype.itemsize > 4 for dtype in dtypes], np.int64),
             "grads0": np.zeros(len(states), np.int64),
             "grads1": np.zeros(len(states), np.int64),
-            "rows": np.zeros(len(states) * _cuda.ROW_BYTES, np.uint8),
+            "rows": np.zeros(len(states) * _cuda_layout.ROW_BYTES, np.uint8),
         }
         self.chunk_counts, self.part_counts = [], []
         for k, dtype in enumerate(dtypes):
@@ -81,7 +82,7 @@ class DeviceTables:
             parts[f"chunks{k}"] = chunks
             parts[f"sums{k}"] = np.zeros(self.part_counts[k])
             parts[f"maxima{k}"] = np.zeros(self.part_counts[k])
-        contexts = np.zeros((2, len(dtypes), _cuda.CONTEXT_SIZE), np.int64)
+        contexts = np.zeros((2, len(dtypes), _cuda_layout.CONTEXT_SIZE), np.int64)
         parts["contexts"] = contexts
 
         offsets, end = {}, 0
@@ -101,30 +102,35 @@ class DeviceTables:
     def _fill(self, contexts: npt.NDArray[np.int64], groups: int) -> None:
         """Tell each context where the tables are, and how long."""
         named = {
-            _cuda.TENSORS: "tensors",
-            _cuda.ROWS: "rows",
-            _cuda.HYPER: "hyper",
-            _cuda.SCALE: "scale",
-            _cuda.STEP_COUNT: "step_count",
-            _cuda.IS_DOUBLE: "is_double",
+            _cuda_layout.TENSORS: "tensors",
+            _cuda_layout.ROWS: "rows",
+            _cuda_layout.SCALE: "scale",
+            _cuda_layout.STEP_COUNT: "step_count",
+            _cuda_layout.IS_DOUBLE: "is_double",
         }
         for field, name in named.items():
             contexts[:, :, field] = self.places[name]
         for graph in (EAGER, CAPTURED):
-            contexts[graph, :, _cuda.GRADS] = self.places[f"grads{graph}"]
-        contexts[:, :, _cuda.TENSOR_COUNT], contexts[:, :, _cuda.GROUP_COUNT] = self._count, groups
-        contexts[:, :, _cuda.CONTEXT_COUNT] = self._dtype_count
+            contexts[graph, :, _cuda_layout.GRADS] = self.places[f"grads{graph}"]
+            contexts[graph, :, _cuda_layout.HYPER] = self.places[f"hyper{graph}"]
+        contexts[:, :, _cuda_layout.TENSOR_COUNT], contexts[:, :, _cuda_layout.GROUP_COUNT] = (
+            self._count,
+            groups,
+        )
+        contexts[:, :, _cuda_layout.CONTEXT_COUNT] = self._dtype_count
         for k in range(self._dtype_count):
             own = contexts[:, k]
-            own[:, _cuda.CHUNKS] = self.places[f"chunks{k}"]
-            own[:, _cuda.CHUNK_COUNT] = self.chunk_counts[k]
-            own[:, _cuda.SUMS] = self.places[f"sums{k}"]
-            own[:, _cuda.MAXIMA] = self.places[f"maxima{k}"]
-            own[:, _cuda.PART_COUNT] = self.part_counts[k]
+            own[:, _cuda_layout.CHUNKS] = self.places[f"chunks{k}"]
+            own[:, _cuda_layout.CHUNK_COUNT] = self.chunk_counts[k]
+            own[:, _cuda_layout.SUMS] = self.places[f"sums{k}"]
+            own[:, _cuda_layout.MAXIMA] = self.places[f"maxima{k}"]
+            own[:, _cuda_layout.PART_COUNT] = self.part_counts[k]
 
     def context(self, graph: int, k: int) -> int:
         """Return the address of what a kernel is given: for a graph or not, and for a dtype."""
-        return self.places["contexts"] + 8 * _cuda.CONTEXT_SIZE * (graph * self._dtype_count + k)
+        return self.places["contexts"] + 8 * _cuda_layout.CONTEXT_SIZE * (
+            graph * self._dtype_count + k
+        )
 
     def read(self, name: str, words: int) -> npt.NDArray[np.int64]:
         """Return the int64 at the beginning of a table, once all work on the device is done."""
@@ -153,4 +159,6 @@ class DeviceTables:
         self.write("tensors", tensors)
 
     def _tensors(self) -> npt.NDArray[np.int64]:
-        return self.read("tensors", self._count * _cuda.COLUMNS).reshape(-1, _cuda.COLUMNS)
+        return self.read("tensors", self._count * _cuda_layout.COLUMNS).reshape(
+            -1, _cuda_layout.COLUMNS
+        )

@@ -69,7 +69,8 @@ class Kernel:
 
     def prepare(self) -> None:
         """Compile it now."""
-        _ = self.compiled
+        with relaxed():
+            _ = self.compiled
 
     def call(
         self, device: int, blocks: int, threads: int, stream: int, *arguments: int
@@ -81,7 +82,8 @@ class Kernel:
         if make is None:
             if len(self._launchers) == MOST_LAUNCHERS:  # streams come and go
                 self._launchers.clear()
-            make = launcher(self.compiled, blocks, threads, stream)
+            with relaxed():
+                make = launcher(self.compiled, blocks, threads, stream)
             self._launchers[device, blocks, threads, stream] = make
         call: Callable[[], object] = make(*arguments)
         return call

@@ -148,14 +148,17 @@ class Groups:
 
     def _take(self, arrays: Sequence[Any], labels: Sequence[str]) -> list[Any]:
         """Check parameters; return what stands for each in the backend that all share."""
-        taken = [(state.param, state.label) for state in self.states[:1]]
+        # With the first that is not empty, all others must share a device.
+        own = [state for state in self.states if state.param.size] + self.states
+        taken = [(state.param, state.label) for state in own[:1]]
         for array, label in zip(arrays, labels, strict=True):
             backend = _backend.of(array)
             param = backend.take_param(array, label)
             if taken:
-                _backend.check_together(param, label, *taken[0])
+                first = next((each for each in taken if each[0].size), taken[0])
+                _backend.check_together(param, label, *first)
             taken.append((param, label))
-        return [param for param, _ in taken[len(self.states[:1]) :]]
+        return [param for param, _ in taken[len(own[:1]) :]]
 
     @property
     def backend(self) -> _backend.Backend:

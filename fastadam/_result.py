@@ -41,9 +41,6 @@ class StepResult(NamedTuple):
     skipped: bool = False
 
 
-_one_at_a_time = threading.Lock()
-
-
 class Outcome:
     """What a step will have to tell, asked for when it is first read.
 
@@ -66,6 +63,8 @@ class Outcome:
     ) -> None:
         self._ask, self._is_past, self._lasting = ask, is_past, lasting
         self._known: StepResult | None = None
+        # Another thread's step may be about to use the place again, a signal's handler not.
+        self._lock = threading.RLock()
 
     def is_past(self) -> bool:
         """Whether it can be had without waiting."""
@@ -73,12 +72,15 @@ class Outcome:
 
     def resolve(self) -> StepResult:
         """Wait for it, once, if it lasts."""
-        with _one_at_a_time:  # another thread's step may be about to use the place again
-            known = self._known
-            if known is None:
-                known = self._ask()
-                if self._lasting:
-                    self._known = known
+        known = self._known
+        if known is not None:
+            return known
+        with self._lock:
+            if self._known is not None:  # since this moment
+                return self._known
+            known = self._ask()
+            if self._lasting:
+                self._known = known
             return known
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _options
-from ._backend import as_host, on_device
+from ._backend import as_host, seen
 
 # Bytes: a cache line, and the widest vector.
 ALIGNMENT = 64
@@ -202,8 +202,8 @@ def _mismatches(state: ParamState, found: Any) -> list[str]:
     for name, own in wanted.items():
         if name in found:
             try:
-                array = found[name] if on_device(found[name]) else np.asarray(found[name])
-            except ValueError:
+                array = seen(found[name])
+            except (TypeError, ValueError):
                 wrong.append(f"{place}[{name!r}] is no array")
                 continue
             if array.shape != own.shape or array.dtype != own.dtype:

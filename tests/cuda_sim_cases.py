@@ -9,9 +9,14 @@ threads is slow to start, and more so where they wait for each other: norms are 
 import _thread
 import copy
 import functools
+import gc
 import json
 import math
 import pickle
+import sys
+import threading
+import types
+import weakref
 from itertools import cycle
 
 import numpy as np
@@ -22,7 +27,7 @@ from oracle import Reference, clip_coefficient, global_norm
 
 import fastadam
 from fastadam import StepResult, _cuda, _cuda_messages, _cuda_plan, _device
-from fastadam._cuda_arrays import DeviceArray
+from fastadam._cuda_arrays import DeviceArray, current_stream, view
 from fastadam._device import cuda
 
 assert config.ENABLE_CUDASIM, "NUMBA_ENABLE_CUDASIM=1 must be set"
@@ -985,3 +990,112 @@ def test_what_cannot_be_compiled_changes_nothing(rng, monkeypatch):
     with pytest.raises(RuntimeError, match="no compiler"):
         twins.cuda.step(InterfaceArray(np.ones(5, "f4")), zero_grad=True)
     twins.check()
+
+
+def test_steps_are_counted_though_skipping_is_switched_off(rng):
+    twins = Twins(np.ones(5, "f4"), nonfinite="skip", schedule=fastadam.schedules.cosine(9))
+    for mode in ("skip", "propagate", "propagate", "skip"):
+        twins.cpu.nonfinite = twins.cuda.nonfinite = mode
+        twins.cpu.max_grad_norm = twins.cuda.max_grad_norm = 1.0
+        twins.step(draws(rng, [5])[0])
+    assert twins.cuda.step_count == twins.cuda.state[0]["step"] == 4
+    twins.check()
+
+
+def test_the_count_can_be_asked_for_in_any_thread(monkeypatch):
+    monkeypatch.setattr(_device.Event, "is_past", lambda _: False)
+    monkeypatch.setattr(_cuda_plan, "MOST_HALVINGS", 0)
+    twins = Twins(np.ones(1, "f4"), nonfinite="skip")
+    counts, done = [], threading.Event()
+
+    def ask():
+        while not done.is_set():
+            counts.append(twins.cuda.step_count)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    for _ in range(12):
+        twins.cuda.step(InterfaceArray(np.ones(1, "f4")))
+    done.set()
+    thread.join()
+    assert twins.cuda.step_count == 12
+    assert counts == sorted(counts)
+
+
+def test_an_optimizer_goes_with_its_last_reference():
+    opt = fastadam.Adam(InterfaceArray(np.ones(2)), nonfinite="skip")
+    opt.step(InterfaceArray(np.ones(2)))
+    gone = weakref.ref(opt._plan)
+    gc.disable()
+    try:
+        del opt
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+class Without(Tensor):
+    """A tensor that wraps others, and has no memory of its own."""
+
+    def data_ptr(self):
+        return 0
+
+
+def test_tensors_without_memory_are_refused(monkeypatch):
+    pretend_torch(monkeypatch)
+    with pytest.raises(ValueError, match=r"params must have memory of its own, got .*Without"):
+        fastadam.Adam(Without(np.ones(2)))
+    param = Tensor(np.ones(2))
+    opt = fastadam.Adam(param)
+    good = Tensor(np.ones(2))
+    opt.step(good)
+    for grad in (Without(np.ones(2)), good):
+        good.data_ptr = lambda: 0  # its storage has been freed
+        with pytest.raises(ValueError, match="grads must have memory of its own"):
+            opt.step(grad)
+    assert opt.step_count == 1
+
+
+def test_sparse_tensors_are_refused(monkeypatch):
+    pretend_torch(monkeypatch)
+
+    def refuse():
+        raise RuntimeError("sparse tensors do not have strides")
+
+    opt = fastadam.Adam(Tensor(np.ones(2)))
+    grad = Tensor(np.ones(2))
+    grad.stride, grad.layout = refuse, "torch.sparse_coo"
+    with pytest.raises(TypeError, match=r"grads must be dense, got .* of layout torch.sparse_coo"):
+        opt.step(grad)
+
+
+def test_whose_stream_it_is_is_told_of_derived_classes_too(monkeypatch):
+    pretend_torch(monkeypatch)
+    stream = types.SimpleNamespace(cuda_stream=7)
+    sys.modules["torch"].cuda = types.SimpleNamespace(current_stream=lambda _: stream)
+    base = type("Parameter", (Tensor,), {"__module__": "torch.nn.parameter"})
+    derived = type("Mine", (base,), {"__module__": "__main__"})
+    assert current_stream(view(derived(np.ones(2)), "params", writable=True)) == 7
+
+
+def test_tensors_can_be_loaded_as_state(monkeypatch):
+    pretend_torch(monkeypatch)
+    twins = Twins([np.ones(3, "f4")], wrap=Tensor)
+    twins.step([np.ones(3, "f4")])
+    state = twins.cuda.state_dict()
+    for name in ("exp_avg", "exp_avg_sq"):
+        state["state"][0][name] = Tensor(state["state"][0][name])
+    twins.cpu.load_state_dict(state)
+    twins.cuda.load_state_dict(state)
+    twins.step([np.ones(3, "f4")])
+    twins.check()
+    state["state"][0]["exp_avg"] = Tensor(np.ones(4, "f4"))
+    with pytest.raises(ValueError, match=r"\['exp_avg'\] is dtype\('float32'\) \(4,\)"):
+        twins.cuda.load_state_dict(state)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_an_empty_device_array_goes_with_no_numpy_array(order):
+    empty = InterfaceArray(np.zeros(0), data=(0, False))
+    with pytest.raises(ValueError, match=r"must be (in the host's memory|on CUDA device 0), as"):
+        fastadam.Adam([empty, np.zeros(3)][::order])

@@ -16,8 +16,10 @@ def placed(array, offset=0):
     return copy
 
 
-class InterfaceArray:
-    """What offers ``__cuda_array_interface__``, as CuPy's arrays and Numba's do."""
+class Slotted:
+    """What offers ``__cuda_array_interface__``, and no weak references."""
+
+    __slots__ = ("array", "fields")
 
     def __init__(self, array, **fields):
         self.array, self.fields = array, fields
@@ -35,10 +37,8 @@ class InterfaceArray:
         }
 
 
-class Slotted(InterfaceArray):
-    """The same, of which there can be no weak references."""
-
-    __slots__ = ("array", "fields")
+class InterfaceArray(Slotted):
+    """The same with weak references, as of CuPy's arrays and Numba's."""
 
 
 class _DType:
