@@ -8,7 +8,7 @@ when a contender is made.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -151,6 +151,10 @@ class RooflinePass(FastAdam):
 class Torch(Contender):
     """A torch optimizer; ``.grad`` is set once."""
 
+    # What is asked of `torch.optim.Adam`, and of the function that clips.
+    kernel: ClassVar[dict[str, bool]] = {}
+    clip: ClassVar[dict[str, bool]] = {}
+
     def setup(self, params: Sequence[NDArray[Any]], grads: Sequence[NDArray[Any]]) -> None:
         """Make tensors and the optimizer."""
         self.torch = torch = import_module("torch")
@@ -158,6 +162,10 @@ class Torch(Contender):
         for param in self.params:
             param.grad = torch.empty_like(param, requires_grad=False)
         self.fill_from([param.grad.numpy() for param in self.params], grads)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Make the optimizer, of what has been set up."""
         self.opt = self.make(self.params)
         self.clears_grads = self.tail
         if self.tail:
@@ -169,11 +177,16 @@ class Torch(Contender):
 
     def make(self, params: list[Any]) -> Any:
         """Make the optimizer."""
-        raise NotImplementedError
+        optim = self.torch.optim
+        if self.tail:
+            return optim.AdamW(
+                params, **HYPERPARAMETERS, weight_decay=TAIL["weight_decay"], **self.kernel
+            )
+        return optim.Adam(params, **HYPERPARAMETERS, **self.kernel)
 
     def _tail(self) -> None:
         torch, params = self.torch, self.params
-        torch.nn.utils.clip_grad_norm_(params, TAIL["max_grad_norm"])
+        torch.nn.utils.clip_grad_norm_(params, TAIL["max_grad_norm"], **self.clip)
         self.opt.step()
         torch._foreach_lerp_(self._averages, self._data, 1 - TAIL["ema_decay"])
         self.opt.zero_grad(set_to_none=False)
@@ -187,29 +200,17 @@ class Torch(Contender):
         threads: int = self.torch.get_num_threads()
         return threads
 
-    def _adam(self, params: list[Any], **kernel: bool) -> Any:
-        optim = self.torch.optim
-        if self.tail:
-            return optim.AdamW(
-                params, **HYPERPARAMETERS, weight_decay=TAIL["weight_decay"], **kernel
-            )
-        return optim.Adam(params, **HYPERPARAMETERS, **kernel)
-
 
 class TorchFused(Torch):
     """``torch.optim.Adam(fused=True)``."""
 
-    def make(self, params: list[Any]) -> Any:
-        """Make the optimizer."""
-        return self._adam(params, fused=True)
+    kernel: ClassVar[dict[str, bool]] = {"fused": True}
 
 
 class TorchForeach(Torch):
     """``torch.optim.Adam(foreach=True)``."""
 
-    def make(self, params: list[Any]) -> Any:
-        """Make the optimizer."""
-        return self._adam(params, foreach=True)
+    kernel: ClassVar[dict[str, bool]] = {"foreach": True}
 
 
 class DeepSpeed(Torch):

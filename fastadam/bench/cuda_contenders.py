@@ -7,10 +7,17 @@ device's default stream, and all wait in the same way: for the whole device.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fastadam.bench import cuda_library
-from fastadam.bench.contenders import HYPERPARAMETERS, TAIL, Contender, Torch
+from fastadam.bench.contenders import (
+    HYPERPARAMETERS,
+    TAIL,
+    Contender,
+    Torch,
+    TorchForeach,
+    TorchFused,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -139,6 +146,8 @@ class DeviceCopy(OnDevice):
 class TorchCuda(OnDevice, Torch):
     """A torch optimizer; ``.grad`` is set once."""
 
+    clip: ClassVar[dict[str, bool]] = {"foreach": True}
+
     def setup(self, params: Sequence[NDArray[Any]], grads: Sequence[NDArray[Any]]) -> None:
         """Make tensors and the optimizer."""
         self.library = cuda_library.TorchLibrary()
@@ -147,20 +156,7 @@ class TorchCuda(OnDevice, Torch):
         for param, grad in zip(self.params, grads, strict=True):
             param.grad = self.library.upload(grad)
         self.keep([param.grad for param in self.params], grads)
-        self.opt = self.make(self.params)
-        if self.tail:
-            self._data = [param.detach() for param in self.params]
-            self._averages = [param.clone() for param in self._data]
-            self.step = self._tail  # type: ignore[method-assign]
-        else:
-            self.step = self.opt.step  # type: ignore[method-assign]
-
-    def _tail(self) -> None:
-        torch, params = self.torch, self.params
-        torch.nn.utils.clip_grad_norm_(params, TAIL["max_grad_norm"], foreach=True)
-        self.opt.step()
-        torch._foreach_lerp_(self._averages, self._data, 1 - TAIL["ema_decay"])
-        self.opt.zero_grad(set_to_none=False)
+        self._begin()
 
     def threads(self) -> int | None:
         """Return None: the device has its own."""
@@ -170,17 +166,13 @@ class TorchCuda(OnDevice, Torch):
 class TorchFusedCuda(TorchCuda):
     """``torch.optim.Adam(fused=True)``."""
 
-    def make(self, params: list[Any]) -> Any:
-        """Make the optimizer."""
-        return self._adam(params, fused=True)
+    kernel: ClassVar[dict[str, bool]] = TorchFused.kernel
 
 
 class TorchForeachCuda(TorchCuda):
     """``torch.optim.Adam(foreach=True)``."""
 
-    def make(self, params: list[Any]) -> Any:
-        """Make the optimizer."""
-        return self._adam(params, foreach=True)
+    kernel: ClassVar[dict[str, bool]] = TorchForeach.kernel
 
 
 class CupyWrittenOut(OnDevice):
