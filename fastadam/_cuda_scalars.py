@@ -46,9 +46,11 @@ class StepCount:
         if self.replayed:
             return [self[0]]
         pending = self._pending
-        with self._lock, self._plan.asking():
-            while pending and (pending[0].is_past() or len(pending) >= MOST_TABLES):
-                self._take_oldest()
+        with self._lock:
+            if pending:
+                with self._plan.asking():
+                    while pending and (pending[0].is_past() or len(pending) >= MOST_TABLES):
+                        self._take_oldest()
             known = int(self._known[0])
             return list(range(known, known + len(pending) + 1))
 
@@ -58,14 +60,19 @@ class StepCount:
         self._pending.popleft()
 
     def __getitem__(self, place: int) -> int:
-        # Of a step that goes into a graph nobody knows its number.
-        with self._lock, self._plan.asking():
-            if self.replayed and not self._plan.is_capturing():
-                self._known[0] = self._plan.read_count()
-                self._pending.clear()
-            while self._pending:
-                self._take_oldest()
+        with self._lock:
+            if self.replayed or self._pending:
+                with self._plan.asking():
+                    self._ask()
             return int(self._known[0])
+
+    def _ask(self) -> None:
+        # Of a step that goes into a graph nobody knows its number.
+        if self.replayed and not self._plan.is_capturing():
+            self._known[0] = self._plan.read_count()
+            self._pending.clear()
+        while self._pending:
+            self._take_oldest()
 
     def __setitem__(self, place: int, count: int) -> None:
         with self._lock:
