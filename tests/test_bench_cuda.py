@@ -595,7 +595,7 @@ def check_served(events, tail):
 
 
 @NEEDS_NUMBA_CUDA
-@pytest.mark.parametrize(("name", "tail"), [("roofline", True), ("opt-grads", False)])
+@pytest.mark.parametrize(("name", "tail"), [("opt-grads", False)])
 def test_worker_in_the_simulator(name, tail):
     check_served(served(name, tail, NUMBA_ENABLE_CUDASIM="1"), tail)
 
