@@ -48,12 +48,7 @@ def check_grad(grad: Any, param: npt.NDArray[Any], label: str) -> None:
     """
     _check_kind(grad, label)
     grad = grad.view(np.ndarray)  # whatever a subclass says of itself
-    if grad.dtype != param.dtype:
-        raise TypeError(
-            f"{label}.dtype must be its parameter's, {param.dtype!r}, got {grad.dtype!r}"
-        )
-    if grad.shape != param.shape:
-        raise ValueError(f"{label}.shape must be its parameter's, {param.shape}, got {grad.shape}")
+    check_alike(grad, param, label)
     _check_layout(grad, label)
     same_order = grad.flags.c_contiguous if param.flags.c_contiguous else grad.flags.f_contiguous
     if not same_order:
@@ -63,6 +58,16 @@ def check_grad(grad: Any, param: npt.NDArray[Any], label: str) -> None:
             f" {grad.strides} for shape {grad.shape}; numpy.asarray(grad,"
             f" order={order[0]!r}) makes such a copy"
         )
+
+
+def check_alike(grad: Any, param: Any, label: str) -> None:
+    """Refuse a gradient that is not of its parameter's dtype and shape, wherever they live."""
+    if grad.dtype != param.dtype:
+        raise TypeError(
+            f"{label}.dtype must be its parameter's, {param.dtype!r}, got {grad.dtype!r}"
+        )
+    if grad.shape != param.shape:
+        raise ValueError(f"{label}.shape must be its parameter's, {param.shape}, got {grad.shape}")
 
 
 def _check_kind(array: Any, label: str) -> None:

@@ -59,10 +59,8 @@ class DeviceArray:
     def copy_to_host(self) -> npt.NDArray[Any]:
         """Return a copy in a NumPy array, once all work on the device is done."""
         array: npt.NDArray[Any] = np.empty(self.shape, self.dtype, order=self.order)  # type: ignore[call-overload]
-        if self.nbytes:
-            with _device.context(self.device):
-                _device.synchronize_all()
-                _device.download(array.ctypes.data, self.address, self.nbytes, 0)
+        target = array.ctypes.data
+        _device.at_once(self.device, _device.download, target, self.address, self.nbytes)
         return array
 
     def copy_from_host(self, values: npt.ArrayLike) -> None:
@@ -76,11 +74,8 @@ class DeviceArray:
         array = np.array(values, dtype=self.dtype, order=self.order)  # type: ignore[call-overload]
         if array.shape != self.shape:
             raise ValueError(f"values must have shape {self.shape}, got {array.shape}")
-        if self.nbytes:
-            with _device.context(self.device):
-                _device.synchronize_all()
-                _device.upload(self.address, array.ctypes.data, self.nbytes, 0)
-                _device.synchronize(0)
+        source = array.ctypes.data
+        _device.at_once(self.device, _device.upload, self.address, source, self.nbytes)
 
     def __len__(self) -> int:
         if not self.shape:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from . import _jit, _reader
-from ._arrays import address
+from ._arrays import address, check_alike
 from ._cuda_arrays import OWN, DeviceArray, glance, has_data_ptr, stream_key, stream_source, view
 from ._memory import Memory
 
@@ -19,12 +19,17 @@ def _are_the_same() -> Any:
     return _jit.kernel(_reader.are_the_same)
 
 
+@functools.cache
+def _all_of(count: int) -> list[int]:
+    return list(range(count))
+
+
 def lie_at(tensors: list[Any], places: list[int]) -> bool:
     """Whether torch's tensors lie where they did."""
     torch = sys.modules.get("torch")
     at_once = getattr(getattr(torch, "_C", None), "_tensors_data_ptrs_at_indices_equal", None)
     if at_once is not None:  # only builds for CUDA have it
-        return bool(at_once(tensors, places, list(range(len(places)))))
+        return bool(at_once(tensors, places, _all_of(len(places))))
     return [tensor.data_ptr() for tensor in tensors] == places
 
 
@@ -64,6 +69,7 @@ class Grads:
         self._writable = False
         self._references: list[Any] = []
         self._reference_ids = np.zeros(len(params), dtype=np.int64)
+        self._references_at = address(self._reference_ids)
         self._tensors: list[int] = []
         self._tensor_places: list[int] = []
 
@@ -82,8 +88,7 @@ class Grads:
     def _are_known(self, grads: tuple[Any, ...]) -> bool:
         if not self._references or not _reader.references_work():
             return False
-        references = address(self._reference_ids)
-        if not _are_the_same()(id(grads), references, len(grads), id(None)):
+        if not _are_the_same()(id(grads), self._references_at, len(grads), id(None)):
             return False
         # Not kept between steps, since that would keep their memory.
         tensors = [grads[k] for k in self._tensors]
@@ -130,14 +135,7 @@ class Grads:
     def _view(self, k: int, grad: Any, writable: bool) -> DeviceArray:
         label, param = self._labels[k], self._params[k]
         found = view(grad, label, writable=writable)
-        if found.dtype != param.dtype:
-            raise TypeError(
-                f"{label}.dtype must be its parameter's, {param.dtype!r}, got {found.dtype!r}"
-            )
-        if found.shape != param.shape:
-            raise ValueError(
-                f"{label}.shape must be its parameter's, {param.shape}, got {found.shape}"
-            )
+        check_alike(found, param, label)
         if found.order != param.order:
             names = {"C": "C", "F": "Fortran"}
             raise ValueError(

@@ -22,11 +22,9 @@ def assign(target: DeviceArray, source: Any) -> None:
     """Write what another array holds, on the device or on the host."""
     if isinstance(source, np.ndarray):
         target.copy_from_host(source)
-    elif target.nbytes:
-        with _device.context(target.device):
-            _device.synchronize_all()
-            _device.copy(target.address, source.address, target.nbytes, 0)
-            _device.synchronize(0)
+    else:
+        places = target.address, source.address
+        _device.at_once(target.device, _device.copy, *places, target.nbytes)
 
 
 def to_host(array: Any) -> npt.NDArray[Any]:

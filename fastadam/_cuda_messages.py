@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import _cuda_layout, _device
+from . import _cuda_layout as layout
+from . import _device
 from ._arrays import address
 from ._result import Outcome, StepResult
 
@@ -43,7 +44,7 @@ class Results:
     def __init__(self, device: int) -> None:
         self._device = device
         # One more, for steps in a graph.
-        self._slots = _device.pinned(_cuda_layout.RESULT_SIZE, SLOTS + 1)
+        self._slots = _device.pinned(layout.RESULT_SIZE, SLOTS + 1)
         self._events: list[Any] = []
         self._pending: list[Any] = []
         self._next = 0
@@ -84,10 +85,8 @@ class Results:
 
     def read(self, slot: int, lr_of: Callable[[int], float]) -> StepResult:
         """Return what a slot holds."""
-        norm, skipped = (
-            self._slots[slot, _cuda_layout.NORM],
-            bool(self._slots[slot, _cuda_layout.SKIPPED]),
-        )
-        count = int(self._slots.view(np.int64)[slot, _cuda_layout.COUNT])
+        norm = self._slots[slot, layout.NORM]
+        skipped = bool(self._slots[slot, layout.SKIPPED])
+        count = int(self._slots.view(np.int64)[slot, layout.COUNT])
         step = count if skipped else count - 1
         return StepResult(step, lr_of(step), float(norm), skipped)

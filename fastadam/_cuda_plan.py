@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import _cuda, _cuda_layout, _device
+from . import _cuda, _device
+from . import _cuda_layout as layout
 from ._cuda_arrays import DeviceArray, current_stream, has_data_ptr, view
 from ._cuda_grads import Grads, lie_at
 from ._cuda_messages import SLOTS, Mailbox, Results
@@ -68,7 +69,7 @@ class Plan:
         self._average = any(state.ema is not None for state in states)
         self._doubles = any(dtype.itemsize > 4 for dtype in self.dtypes)
         self._compiled: set[tuple[bool, str | None]] = set()
-        self._hyper = np.zeros(_cuda_layout.HYPER_TABLES + MOST_TABLES * scalars.rows.size)
+        self._hyper = np.zeros(layout.HYPER_TABLES + MOST_TABLES * scalars.rows.size)
         with _device.context(self.device):
             self._tables = DeviceTables(
                 states,
@@ -291,20 +292,19 @@ class Plan:
         _device.synchronize(self._side)
 
     def _send_hyper(self, limits: Any, stream: int, graph: int) -> None:
-        scalars, start = self._scalars, _cuda_layout.HYPER_TABLES
+        scalars, start = self._scalars, layout.HYPER_TABLES
         size = scalars.rows.size
         words = self._hyper[: start + len(scalars.tables) * size]
         for k, table in enumerate(scalars.tables):
             words[start + k * size : start + (k + 1) * size] = table.reshape(-1)
         counts = words.view(np.int64)
-        counts[_cuda_layout.TABLE_COUNT], counts[_cuda_layout.FIRST_COUNT] = len(scalars.tables), 0
-        if len(scalars.tables) > 1:
-            counts[_cuda_layout.FIRST_COUNT] = scalars.first
+        counts[layout.TABLE_COUNT] = len(scalars.tables)
+        counts[layout.FIRST_COUNT] = scalars.first
         if limits is not None:
             max_grad_norm, nonfinite = limits
-            words[_cuda_layout.FACTOR] = scalars.inverse
-            words[_cuda_layout.MAX_NORM] = math.inf if max_grad_norm is None else max_grad_norm
-            words[_cuda_layout.MAY_SKIP] = nonfinite != "propagate"
+            words[layout.FACTOR] = scalars.inverse
+            words[layout.MAX_NORM] = math.inf if max_grad_norm is None else max_grad_norm
+            words[layout.MAY_SKIP] = nonfinite != "propagate"
         image = words.tobytes()
         if image != self._sent_hyper[graph]:
             self._sent_hyper[graph] = b""  # until it is on its way

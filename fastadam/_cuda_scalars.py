@@ -89,7 +89,7 @@ class DeviceScalars(Scalars):
     tables : list of float64 array, shape (groups, GROUP_COLUMNS)
         One for the first possible count, one for the next, and so on.
     first : int
-        That count.
+        That count; 0 if it is the only one.
     lrs : list of float
         The first group's learning rate in each table.
     """
@@ -104,7 +104,9 @@ class DeviceScalars(Scalars):
         """Bring the tables up to date, as `Scalars.refresh`; return the last one's rate."""
         # Without a schedule, one table does for whatever count it is.
         possible = [0] if schedule is None else step_count.possible()
-        self.first, self.tables, self.lrs = possible[0], [], []
+        self.first, self.tables, self.lrs = 0, [], []
+        if len(possible) > 1:
+            self.first = possible[0]
         for count in possible:
             self.lrs.append(super().refresh([count], schedule, grad_scale))
             self.tables.append(self.rows if len(possible) == 1 else self.rows.copy())

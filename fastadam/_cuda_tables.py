@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import _cuda, _cuda_layout, _device
+from . import _cuda, _device
+from . import _cuda_layout as layout
 from ._arrays import address
 from ._cuda_arrays import DeviceArray
 from ._state import ParamState
@@ -63,7 +64,7 @@ class DeviceTables:
         tensors = tensor_table(states, dtypes, place_of)
         tensors[:, STEP] = steps
         parts: dict[str, npt.NDArray[Any]] = {
-            "tensors": np.ascontiguousarray(tensors[:, : _cuda_layout.COLUMNS]),
+            "tensors": np.ascontiguousarray(tensors[:, : layout.COLUMNS]),
             "hyper0": np.zeros(hyper_words),
             "hyper1": np.zeros(hyper_words),
             "scale": np.ones(1),
@@ -71,7 +72,7 @@ class DeviceTables:
             "is_double": np.array([dtype.itemsize > 4 for dtype in dtypes], np.int64),
             "grads0": np.zeros(len(states), np.int64),
             "grads1": np.zeros(len(states), np.int64),
-            "rows": np.zeros(len(states) * _cuda_layout.ROW_BYTES, np.uint8),
+            "rows": np.zeros(len(states) * layout.ROW_BYTES, np.uint8),
         }
         self.chunk_counts, self.part_counts = [], []
         for k, dtype in enumerate(dtypes):
@@ -82,7 +83,7 @@ class DeviceTables:
             parts[f"chunks{k}"] = chunks
             parts[f"sums{k}"] = np.zeros(self.part_counts[k])
             parts[f"maxima{k}"] = np.zeros(self.part_counts[k])
-        contexts = np.zeros((2, len(dtypes), _cuda_layout.CONTEXT_SIZE), np.int64)
+        contexts = np.zeros((2, len(dtypes), layout.CONTEXT_SIZE), np.int64)
         parts["contexts"] = contexts
 
         offsets, end = {}, 0
@@ -102,50 +103,43 @@ class DeviceTables:
     def _fill(self, contexts: npt.NDArray[np.int64], groups: int) -> None:
         """Tell each context where the tables are, and how long."""
         named = {
-            _cuda_layout.TENSORS: "tensors",
-            _cuda_layout.ROWS: "rows",
-            _cuda_layout.SCALE: "scale",
-            _cuda_layout.STEP_COUNT: "step_count",
-            _cuda_layout.IS_DOUBLE: "is_double",
+            layout.TENSORS: "tensors",
+            layout.ROWS: "rows",
+            layout.SCALE: "scale",
+            layout.STEP_COUNT: "step_count",
+            layout.IS_DOUBLE: "is_double",
         }
         for field, name in named.items():
             contexts[:, :, field] = self.places[name]
         for graph in (EAGER, CAPTURED):
-            contexts[graph, :, _cuda_layout.GRADS] = self.places[f"grads{graph}"]
-            contexts[graph, :, _cuda_layout.HYPER] = self.places[f"hyper{graph}"]
-        contexts[:, :, _cuda_layout.TENSOR_COUNT], contexts[:, :, _cuda_layout.GROUP_COUNT] = (
-            self._count,
-            groups,
-        )
-        contexts[:, :, _cuda_layout.CONTEXT_COUNT] = self._dtype_count
+            contexts[graph, :, layout.GRADS] = self.places[f"grads{graph}"]
+            contexts[graph, :, layout.HYPER] = self.places[f"hyper{graph}"]
+        contexts[:, :, layout.TENSOR_COUNT] = self._count
+        contexts[:, :, layout.GROUP_COUNT] = groups
+        contexts[:, :, layout.CONTEXT_COUNT] = self._dtype_count
         for k in range(self._dtype_count):
             own = contexts[:, k]
-            own[:, _cuda_layout.CHUNKS] = self.places[f"chunks{k}"]
-            own[:, _cuda_layout.CHUNK_COUNT] = self.chunk_counts[k]
-            own[:, _cuda_layout.SUMS] = self.places[f"sums{k}"]
-            own[:, _cuda_layout.MAXIMA] = self.places[f"maxima{k}"]
-            own[:, _cuda_layout.PART_COUNT] = self.part_counts[k]
+            own[:, layout.CHUNKS] = self.places[f"chunks{k}"]
+            own[:, layout.CHUNK_COUNT] = self.chunk_counts[k]
+            own[:, layout.SUMS] = self.places[f"sums{k}"]
+            own[:, layout.MAXIMA] = self.places[f"maxima{k}"]
+            own[:, layout.PART_COUNT] = self.part_counts[k]
 
     def context(self, graph: int, k: int) -> int:
         """Return the address of what a kernel is given: for a graph or not, and for a dtype."""
-        return self.places["contexts"] + 8 * _cuda_layout.CONTEXT_SIZE * (
-            graph * self._dtype_count + k
-        )
+        return self.places["contexts"] + 8 * layout.CONTEXT_SIZE * (graph * self._dtype_count + k)
 
     def read(self, name: str, words: int) -> npt.NDArray[np.int64]:
         """Return the int64 at the beginning of a table, once all work on the device is done."""
         found = np.empty(words, np.int64)
-        with _device.context(self._device):
-            _device.synchronize_all()
-            _device.download(address(found), self.places[name], found.nbytes, 0)
+        source = self.places[name]
+        _device.at_once(self._device, _device.download, address(found), source, found.nbytes)
         return found
 
     def write(self, name: str, words: npt.NDArray[np.int64]) -> None:
         """Set them, once all work on the device is done."""
-        with _device.context(self._device):
-            _device.synchronize_all()
-            _device.upload(self.places[name], address(words), words.nbytes, 0)
-            _device.synchronize(0)
+        target = self.places[name]
+        _device.at_once(self._device, _device.upload, target, address(words), words.nbytes)
 
     @property
     def steps(self) -> npt.NDArray[np.int64]:
@@ -159,6 +153,4 @@ class DeviceTables:
         self.write("tensors", tensors)
 
     def _tensors(self) -> npt.NDArray[np.int64]:
-        return self.read("tensors", self._count * _cuda_layout.COLUMNS).reshape(
-            -1, _cuda_layout.COLUMNS
-        )
+        return self.read("tensors", self._count * layout.COLUMNS).reshape(-1, layout.COLUMNS)

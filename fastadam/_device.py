@@ -28,7 +28,6 @@ MOST_LAUNCHERS = 64
 # The simulator's threads are Python's.
 MOST_THREADS = 8 if SIMULATED else 1024
 
-Address = int
 float64 = cuda.types.float64  # for shared arrays
 
 
@@ -101,27 +100,6 @@ def inline(function: Callable[..., Any]) -> Any:
     return cuda.jit(device=True, forceinline=True)(function)
 
 
-def compute_capability(device: int) -> tuple[int, int]:
-    """Return the device's, such as (9, 0)."""
-    return tuple(cuda.gpus[device].compute_capability)
-
-
-def describe() -> list[str]:
-    """Return one line on each device.
-
-    Raises
-    ------
-    Exception
-        numba-cuda's, if there is no driver or no device.
-    """
-    lines = []
-    for gpu in cuda.gpus:
-        name = gpu.name.decode() if isinstance(gpu.name, bytes) else str(gpu.name)
-        major, minor = gpu.compute_capability
-        lines.append(f"{name}, compute capability {major}.{minor}")
-    return lines
-
-
 if TYPE_CHECKING:
     from . import _simulator
 if TYPE_CHECKING or not SIMULATED:
@@ -174,18 +152,16 @@ __all__ = [
     "EXTRAS",
     "MOST_THREADS",
     "SIMULATED",
-    "Address",
     "Event",
     "Kernel",
     "address_of_buffer",
     "allocate",
+    "at_once",
     "clear",
-    "compute_capability",
     "context",
     "convert",
     "copy",
     "cuda",
-    "describe",
     "device_of",
     "download",
     "float64",
@@ -207,12 +183,23 @@ __all__ = [
     "synchronize",
     "synchronize_all",
     "upload",
-]  # fmt: skip
+]
 
 
 def synchronize_all() -> None:
     """Wait until all work on the current device is done."""
     cuda.synchronize()
+
+
+def at_once(
+    device: int, copying: Callable[[int, int, int, int], None], target: int, source: int, size: int
+) -> None:
+    """Upload, download or copy bytes, once all work on a device is done; wait for them."""
+    if size:
+        with context(device):
+            synchronize_all()
+            copying(target, source, size, 0)
+            synchronize(0)
 
 
 def allocate(size: int) -> Any:
