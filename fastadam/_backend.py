@@ -2,7 +2,7 @@
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +24,12 @@ class Plan(Protocol):
 
     def step(self, grads: tuple[Any, ...], zero_grad: bool) -> int:
         """Take a step; return its number."""
+
+    def counting(self, steps: npt.NDArray[np.int64], step_count: int) -> list[tuple[Any, ...]]:
+        """Return calls, as function and arguments, that set all counts of steps."""
+
+    def choose_kernels(self) -> None:
+        """Have other kernels looked for, in a forked child."""
 
     def limited_step(
         self,
@@ -56,6 +62,9 @@ class Backend(Protocol):
 
     def assign(self, target: Any, source: Any) -> None:
         """Write what another array holds, this backend's or a NumPy array."""
+
+    def writing(self, targets: list[Any], sources: list[Any]) -> Iterable[tuple[Any, ...]]:
+        """Return calls, as function and arguments, that write NumPy arrays into these."""
 
     def to_host(self, array: Any) -> npt.NDArray[Any]:
         """Return a copy as a NumPy array of the same memory order."""

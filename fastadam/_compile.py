@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from ._threads import alone
 from .adam import Adam
 from .interop.objects import ObjectAdam
 
@@ -49,7 +50,8 @@ def compile(  # noqa: A001
         raise TypeError(f"progress must be True, False or callable, got {progress!r}")
     plan, calls = opt._rehearsals()
     for done, (kernel, arguments) in enumerate(_with_bar(calls) if progress is True else calls, 1):
-        kernel(*arguments)
+        with alone:
+            kernel(*arguments)
         if callable(progress):
             progress(done, len(calls))
     del plan  # until here, since the calls hold addresses of its tables

@@ -211,7 +211,7 @@ def update_serial(context: Any, grads: Any) -> Any:
     return count_step(fields)
 
 
-def update_parallel(context: Any) -> Any:
+def update_parallel(context: Any, grads: Any) -> Any:  # noqa: ARG001
     """Take one step in several threads, the table having the gradients' addresses already."""
     fields, tensors, chunks = read(context)
     scalars = table(fields[ROWS], tensors.shape[0], SCALARS, FLOAT(0))

@@ -10,7 +10,16 @@ from ._cuda_arrays import DeviceArray, allocate, view
 from ._cuda_plan import Plan
 from ._cuda_scalars import DeviceScalars as Scalars
 
-__all__ = ["Plan", "Scalars", "allocate", "assign", "check_copyable", "take_param", "to_host"]
+__all__ = [
+    "Plan",
+    "Scalars",
+    "allocate",
+    "assign",
+    "check_copyable",
+    "take_param",
+    "to_host",
+    "writing",
+]
 
 
 def take_param(array: Any, label: str) -> DeviceArray:
@@ -25,6 +34,11 @@ def assign(target: DeviceArray, source: Any) -> None:
     else:
         places = target.address, source.address
         _device.at_once(target.device, _device.copy, *places, target.nbytes)
+
+
+def writing(targets: list[DeviceArray], sources: list[Any]) -> list[tuple[Any, ...]]:
+    """Return calls that write other arrays."""
+    return [(assign, *pair) for pair in zip(targets, sources, strict=True)]
 
 
 def to_host(array: Any) -> npt.NDArray[Any]:

@@ -1,15 +1,28 @@
 """The backend of NumPy arrays: what `_backend.Backend` asks for."""
 
+from collections.abc import Iterator
+from itertools import repeat
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from ._arrays import check_param
 from ._plan import Plan
 from ._scalars import Scalars
 from ._state import allocate
+from ._threads import emptying
 
-__all__ = ["Plan", "Scalars", "allocate", "assign", "check_copyable", "take_param", "to_host"]
+__all__ = [
+    "Plan",
+    "Scalars",
+    "allocate",
+    "assign",
+    "check_copyable",
+    "take_param",
+    "to_host",
+    "writing",
+]
 
 
 def take_param(array: Any, label: str) -> npt.NDArray[Any]:
@@ -21,6 +34,11 @@ def take_param(array: Any, label: str) -> npt.NDArray[Any]:
 def assign(target: npt.NDArray[Any], source: Any) -> None:
     """Write what another array holds."""
     target[...] = source
+
+
+def writing(targets: list[npt.NDArray[Any]], sources: list[Any]) -> Iterator[tuple[Any, ...]]:
+    """Return calls, of functions in C, that write other arrays; each source is then let go."""
+    return zip(repeat(np.ndarray.__setitem__), targets, repeat(...), emptying(sources))
 
 
 def to_host(array: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -1,6 +1,7 @@
 """What stands between the facade and a backend: addresses, checked, and the calls."""
 
 import math
+import sys
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -32,6 +33,7 @@ from ._tables import (
     Context,
     tensor_table,
 )
+from ._threads import alone, in_one_go, parallel_works
 
 # Sums of squares between these are neither short of digits nor infinite.
 _SMALL, _LARGE = 1e-280, 1e300
@@ -99,18 +101,24 @@ class Plan:
                 dtype,
                 uncounted if k else self.step_count,
                 config.NUMBA_NUM_THREADS,
-                _cpu.SERIAL_BELOW,
+                _cpu.SERIAL_BELOW if parallel_works() else sys.maxsize,
             )
             for k, dtype in enumerate(dtypes)
         ]
         # What the kernels are called with, the gradients' addresses being in the table.
-        self._calls = [(each.address, *([] if each.parallel else [0])) for each in self.contexts]
+        self._calls = [(each.address, 0) for each in self.contexts]
         self._context = self.contexts[0].address if self.contexts else 0
         self._reads = bool(self.contexts) and _reader.works()
-        self._in_one_call = self._reads and [each.parallel for each in self.contexts] == [False]
         self._amsgrad = any(state.max_exp_avg_sq is not None for state in states)
         self._average = any(state.ema is not None for state in states)
         self.dtypes = dtypes
+        self.choose_kernels()
+
+    def choose_kernels(self) -> None:
+        """Have other kernels looked for: in a forked child, the parent's may not run."""
+        for context in self.contexts:
+            context.parallel &= parallel_works()
+        self._in_one_call = self._reads and [each.parallel for each in self.contexts] == [False]
         self._kernels: dict[bool, list[Any]] = {}
         self._tried: set[bool] = set()
 
@@ -122,6 +130,14 @@ class Plan:
     @steps.setter
     def steps(self, steps: npt.NDArray[np.int64]) -> None:
         self._tensors[:, STEP] = steps
+
+    def counting(self, steps: npt.NDArray[np.int64], step_count: int) -> list[tuple[Any, ...]]:
+        """Return calls, of functions in C, that set all counts of steps."""
+        write = np.ndarray.__setitem__
+        return [
+            (write, self._tensors[:, STEP], ..., steps),
+            (write, self.step_count, 0, step_count),
+        ]
 
     def kernels(self, zero_grad: bool) -> list[Any]:
         """Return the update kernel for each dtype."""
@@ -203,30 +219,30 @@ class Plan:
     def update(self, zero_grad: bool) -> int:
         """Take the step with the gradients that were taken last; return its number, from 0."""
         kernels = self.kernels(zero_grad)
-        if len(kernels) == 1:
-            return kernels[0](*self._calls[0]) - 1  # type: ignore[no-any-return]
-        if not kernels:
-            self.step_count += 1
-        else:
-            # What can fail, compiling and starting threads, must do so before the first write.
-            if zero_grad not in self._tried:
-                for kernel, arguments in self._rehearsals(zero_grad, norm=False):
+        with alone:
+            if len(kernels) == 1:
+                return kernels[0](*self._calls[0]) - 1  # type: ignore[no-any-return]
+            if not kernels:
+                self.step_count += 1
+            else:
+                # What can fail, compiling and starting threads, must do so before the first write.
+                if zero_grad not in self._tried:
+                    for kernel, arguments in self._rehearsals(zero_grad, norm=False):
+                        kernel(*arguments)
+                    self._tried.add(zero_grad)
+                # Two dtypes are all there are. A signal is acted on after a call returns,
+                # and nothing of Python's lies between the first return and the second call.
+                (kernel, second_kernel), (arguments, second_arguments) = kernels, self._calls
+                try:
                     kernel(*arguments)
-                self._tried.add(zero_grad)
-            # Two dtypes are all there are. A signal is acted on after a call returns,
-            # and nothing of Python's lies between the first return and the second call.
-            (kernel, second_kernel), (arguments, second_arguments) = kernels, self._calls
-            try:
-                kernel(*arguments)
-            finally:
-                second_kernel(*second_arguments)
-        return int(self.step_count[0]) - 1
+                finally:
+                    second_kernel(*second_arguments)
+            return int(self.step_count[0]) - 1
 
     def zero_grads(self, grads: tuple[Any, ...]) -> None:
         """Set gradients to 0, and leave all else."""
-        for grad in grads:
-            if grad is not None:
-                np.asarray(grad)[...] = 0
+        arrays = [np.asarray(grad) for grad in grads if grad is not None]
+        in_one_go([(np.ndarray.fill, array, 0) for array in arrays])
 
     def rehearsals(self, nonfinite: str | None) -> list[tuple[Any, tuple[Any, ...]]]:
         """Return calls of the kernels of all steps, each on nothing: to compile them.
@@ -242,7 +258,7 @@ class Plan:
             if norm:
                 sum_kernel = _cpu.sum_kernel(context.dtype, parallel=context.parallel)
                 calls.append((sum_kernel, (context.nothing, 1.0)))
-            calls.append((kernel, (context.nothing, *([] if context.parallel else [0]))))
+            calls.append((kernel, (context.nothing, 0)))
         if self._reads and not zero_grad and (norm or not self._in_one_call):
             calls.insert(0, (_cpu.look_kernel, (self.contexts[0].nothing, 0, zero_grad)))
         return calls
@@ -300,7 +316,8 @@ class Plan:
 
     def _sum_squares(self, scale: float) -> float:
         total = 0.0
-        for context in self.contexts:
-            kernel = _cpu.sum_kernel(context.dtype, parallel=context.parallel)
-            total += kernel(context.address, scale)
+        with alone:
+            for context in self.contexts:
+                kernel = _cpu.sum_kernel(context.dtype, parallel=context.parallel)
+                total += kernel(context.address, scale)
         return total

@@ -1,7 +1,7 @@
 """State storage: the moments of each parameter."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import index
 from typing import Any, Literal
 
@@ -77,12 +77,15 @@ def allocate(likes: Sequence[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
 
 @dataclass(slots=True)
 class LoadedState:
-    """A state_dict that has been found to fit."""
+    """What has been found to fit: what each array is to hold, all counts, hyperparameters."""
 
-    arrays: list[Mapping[str, Any]]
+    targets: list[Any]
+    sources: list[npt.NDArray[Any]]
     steps: npt.NDArray[np.int64]
-    options: list[dict[str, Any]]
     step_count: int
+    # Of each group, and of the optimizer by the names of its attributes.
+    options: list[dict[str, Any]]
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def export_state(
@@ -132,8 +135,41 @@ def import_state(
                 f"state_dict[{name!r}] must be {wanted}, got {state_dict.get(name)!r:.60}"
             )
     found, found_groups = state_dict["state"], state_dict["param_groups"]
+    step_count = state_dict.get("step_count")
+    wrong = state_mismatches(found, states) + group_mismatches(found_groups, states, len(groups))
+    if not _is_count(step_count):
+        wrong.append(f"step_count must be an integer >= 0 and under 2**62, not {step_count!r}")
+    if wrong:
+        raise ValueError("state_dict must fit the optimizer: " + "; ".join(wrong))
+
+    options = import_options(found_groups, states, "state_dict['param_groups']")
+    # An optimizer's own live arrays, and views, must not be overwritten before they are read.
+    live = {id(array) for s in states for array in s.arrays().values()}
+    targets, sources = [], []
+    for s in states:
+        for name, target in s.arrays().items():
+            array = as_host(found[s.key][name])
+            targets.append(target)
+            sources.append(array if array.base is None and id(array) not in live else array.copy())
+    steps = np.array([index(found[s.key]["step"]) for s in states], dtype=np.int64)
+    return LoadedState(targets, sources, steps, index(step_count), options)  # type: ignore[arg-type]
+
+
+def import_options(
+    found: Sequence[Mapping[str, Any]], states: Sequence[ParamState], label: str
+) -> list[dict[str, Any]]:
+    """Check the hyperparameters of groups, as `_options.check_options`; return them."""
+    options = []
+    for k, (group, members) in enumerate(zip(found, by_group(states, len(found)), strict=True)):
+        options.append(_options.check_options(group, f"{label}[{k}]."))
+        for dtype in {s.param.dtype for s in members}:
+            _options.check_fits(options[-1], dtype, f"{label}[{k}].")
+    return options
+
+
+def state_mismatches(found: Mapping[Any, Any], states: Sequence[ParamState]) -> list[str]:
+    """Say in what the ``"state"`` of a state_dict does not fit parameters."""
     known = {s.key: s for s in states}
-    members = by_group(states, len(groups))
     wrong = [f"state has no {key!r}" for key in known if key not in found]
     wrong += [
         f"state has {key!r}, which the optimizer has not" for key in found if key not in known
@@ -141,33 +177,17 @@ def import_state(
     for key, own in known.items():
         if key in found:
             wrong += _mismatches(own, found[key])
-    if len(found_groups) != len(groups):
-        wrong.append(f"param_groups has {len(found_groups)} groups, not {len(groups)}")
-    else:
-        for k, (group, own_states) in enumerate(zip(found_groups, members, strict=True)):
-            wrong += _group_mismatches(k, group, own_states)
-    step_count = state_dict.get("step_count")
-    if not _is_count(step_count):
-        wrong.append(f"step_count must be an integer >= 0 and under 2**62, not {step_count!r}")
-    if wrong:
-        raise ValueError("state_dict must fit the optimizer: " + "; ".join(wrong))
+    return wrong
 
-    options = []
-    for k, (group, own_states) in enumerate(zip(found_groups, members, strict=True)):
-        label = f"state_dict['param_groups'][{k}]."
-        options.append(_options.check_options(group, label))
-        for dtype in {s.param.dtype for s in own_states}:
-            _options.check_fits(options[-1], dtype, label)
-    # An optimizer's own live arrays, and views, must not be overwritten before they are read.
-    live = {id(array) for s in states for array in s.arrays().values()}
-    arrays: list[Mapping[str, Any]] = []
-    for s in states:
-        given = {name: as_host(found[s.key][name]) for name in s.arrays()}
-        arrays.append(
-            {n: a if a.base is None and id(a) not in live else a.copy() for n, a in given.items()}
-        )
-    steps = np.array([index(found[s.key]["step"]) for s in states], dtype=np.int64)
-    return LoadedState(arrays, steps, options, index(step_count))  # type: ignore[arg-type]
+
+def group_mismatches(found: Sequence[Any], states: Sequence[ParamState], groups: int) -> list[str]:
+    """Say in what the ``"param_groups"`` of a state_dict do not fit so many groups."""
+    if len(found) != groups:
+        return [f"param_groups has {len(found)} groups, not {groups}"]
+    wrong = []
+    for k, (group, own_states) in enumerate(zip(found, by_group(states, groups), strict=True)):
+        wrong += _group_mismatches(k, group, own_states)
+    return wrong
 
 
 def _group_mismatches(k: int, group: Any, states: Sequence[ParamState]) -> list[str]:

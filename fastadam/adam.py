@@ -1,7 +1,8 @@
 """Adam and AdamW: the facade. Groups, state, ``step()``, ``state_dict()``."""
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ from . import _options
 from ._containers import FixedSequence, check_same
 from ._groups import Groups, describe
 from ._result import StepResult
-from ._state import export_state, import_state
+from ._state import LoadedState, export_state, import_state
+from ._threads import in_one_go, register
 
 _new = tuple.__new__
 
@@ -131,9 +133,15 @@ class Adam:
         self._max_grad_norm = _options.check_max_grad_norm(max_grad_norm)
         self._nonfinite = _options.check_nonfinite(nonfinite)
         ema_decay = _options.check_ema_decay(ema_decay)
-        self._lock = threading.Lock()
         groups = Groups(params, defaults, amsgrad=amsgrad, ema_decay=ema_decay)
         self._install(groups, np.zeros(len(groups.states), dtype=np.int64), 0)
+        self._lock = threading.Lock()
+        register(self._after_fork)
+
+    def _after_fork(self) -> None:
+        """Be usable in a forked child: no thread that was in a step is there to end it."""
+        self._lock = threading.Lock()
+        self._plan.choose_kernels()
 
     def _install(self, groups: Groups, steps: Any, step_count: int) -> None:
         """Lay out the tables that the kernels read; raise before anything is replaced."""
@@ -488,13 +496,30 @@ class Adam:
         with take_turn(self._lock):
             groups = self._groups
             loaded = import_state(state_dict, groups.states, groups.options)
-            for state, arrays in zip(groups.states, loaded.arrays, strict=True):
-                for name, array in state.arrays().items():
-                    groups.backend.assign(array, arrays[name])
-            self._plan.steps = loaded.steps
-            for own, options in zip(groups.options, loaded.options, strict=True):
-                own.update(options)
-            self._plan.step_count[0] = loaded.step_count
+            self._take_over(loaded)
+
+    def _take_over(self, loaded: LoadedState) -> None:
+        """Write all of a state that fits, or nothing, whatever signals arrive."""
+        groups = self._groups
+
+        def writes() -> Iterable[tuple[Any, ...]]:
+            return chain(
+                groups.backend.writing(loaded.targets, loaded.sources),
+                self._plan.counting(loaded.steps, loaded.step_count),
+                [
+                    (dict.update, *pair)
+                    for pair in zip(groups.options, loaded.options, strict=False)
+                ],
+                [(dict.update, vars(self), loaded.settings)],
+            )
+
+        for options in groups.options:
+            options.touched = True
+        try:
+            in_one_go(writes())
+        except BaseException:  # a signal, where writing takes Python, as on a device
+            in_one_go(writes())
+            raise
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what holds addresses: a copy must not write to the original's arrays."""
@@ -509,8 +534,9 @@ class Adam:
         steps, step_count = kept.pop("steps"), kept.pop("step_count")
         vars(self).update(kept)
         self._groups.rehouse()
-        self._lock = threading.Lock()
         self._install(self._groups, steps, step_count)
+        self._lock = threading.Lock()
+        register(self._after_fork)
 
     def __copy__(self) -> "Adam":
         raise TypeError("copy.copy would share params and state: use copy.deepcopy")

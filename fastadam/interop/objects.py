@@ -1,8 +1,11 @@
 """Objects with ``.data`` and ``.grad``: scalars of a hand-written autograd, or arrays."""
 
+import contextlib
 import math
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, repeat, starmap
 from typing import Any
 
 import numpy as np
@@ -10,7 +13,10 @@ import numpy.typing as npt
 
 from .._options import as_float, is_real
 from .._result import StepResult
+from .._threads import register
 from ..adam import Adam, take_turn
+
+_drain = deque[Any](maxlen=0).extend
 
 # The constructor's options that no state_dict holds.
 _KEPT = ("amsgrad", "schedule", "max_grad_norm", "nonfinite", "ema_decay")
@@ -78,8 +84,13 @@ class ObjectAdam:
             self._arrays[k] = self._values[place : place + 1].reshape(())
             self._views[k] = self._slopes[place : place + 1].reshape(())
         self._read_values()
-        self._lock = threading.Lock()
+        self._after_fork()
+        register(self._after_fork)
         self.optimizer = Adam(self._arrays, lr, betas, eps, **options)
+
+    def _after_fork(self) -> None:
+        """Be usable in a forked child: no thread that was in a step is there to end it."""
+        self._lock = threading.Lock()
 
     def step(self, *, grad_scale: float = 1.0) -> StepResult:
         """Read every ``.grad``, update every ``.data``, reset every ``.grad`` to 0.
@@ -105,18 +116,48 @@ class ObjectAdam:
             been changed.
         RuntimeError
             If a step is under way, in another thread.
+
+        Notes
+        -----
+        Ctrl-C, and an object whose ``.data`` cannot be set, leave the other
+        objects and the optimizer's state those of one step.
         """
         with take_turn(self._lock):
             self._read_values()
             grads = [self._read_grad(k, thing) for k, thing in enumerate(self._objects)]
-            result = self.optimizer.step(grads, grad_scale=grad_scale, zero_grad=True)
-            for k, value in zip(self._scalars, self._values.tolist(), strict=True):
-                if grads[k] is not None:
-                    self._objects[k].data = value
-            for thing in self._objects:
-                if thing.grad is not None and not isinstance(thing.grad, np.ndarray):
-                    thing.grad = 0.0
+            count = self.optimizer._plan.step_count
+            before = count[0]
+            # Ready before the step: no signal's handler runs between it and their being made.
+            writes = starmap(setattr, self._writes(grads))
+            try:
+                result = self.optimizer.step(grads, grad_scale=grad_scale, zero_grad=True)
+            finally:
+                if count[0] != before:
+                    try:
+                        _drain(writes)
+                    except BaseException:  # in a property of the user's, from it or from a signal
+                        for write in self._writes(grads):
+                            with contextlib.suppress(BaseException):
+                                setattr(*write)
+                        raise
+            if result.skipped:
+                _drain(starmap(setattr, self._resets(grads)))
             return result
+
+    def _writes(self, grads: Sequence[Any]) -> Iterator[tuple[Any, str, float]]:
+        """Return what a step will write to objects: iterators in C, read when it is done."""
+        places = [place for place, k in enumerate(self._scalars) if grads[k] is not None]
+        objects = [self._objects[self._scalars[place]] for place in places]
+        values = map(self._values.item, places)
+        return chain(zip(objects, repeat("data"), values), self._resets(grads))
+
+    def _resets(self, grads: Sequence[Any]) -> Iterator[tuple[Any, str, float]]:
+        things = [
+            thing
+            for thing, grad in zip(self._objects, grads, strict=True)
+            if grad is not None and thing.grad is not grad  # no array of the object's own
+        ]
+        return zip(things, repeat("grad"), repeat(0.0))
 
     def _read_values(self) -> None:
         scalars = [self._objects[k].data for k in self._scalars]
