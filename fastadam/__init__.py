@@ -9,15 +9,31 @@ from .adam import Adam, AdamW
 from .interop.objects import from_objects
 
 if TYPE_CHECKING:
+    from . import checkpoint as checkpoint
     from . import schedules as schedules
+    from .checkpoint import CheckpointError, load, save
 
 __version__ = "0.1.0"
 
-__all__ = ["Adam", "AdamW", "StepResult", "__version__", "compile", "from_objects", "schedules"]
+__all__ = [
+    "Adam",
+    "AdamW",
+    "CheckpointError",
+    "StepResult",
+    "__version__",
+    "checkpoint",
+    "compile",
+    "from_objects",
+    "load",
+    "save",
+    "schedules",
+]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the schedules when they are first asked for: most of an import's time."""
-    if name == "schedules":
-        return import_module(".schedules", __name__)
+    """Import modules when they are first asked for: most of an import's time."""
+    if name in ("checkpoint", "schedules"):
+        return import_module(f".{name}", __name__)
+    if name in ("CheckpointError", "load", "save"):
+        return getattr(import_module(".checkpoint", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,6 @@
 """State storage: the moments of each parameter."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import index
 from typing import Any, Literal
@@ -10,6 +10,10 @@ import numpy.typing as npt
 
 from . import _options
 from ._backend import as_host, seen
+
+# What there may be of a parameter.
+PARAM = "param"
+KINDS = (PARAM, "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "ema")
 
 # Bytes: a cache line, and the widest vector.
 ALIGNMENT = 64
@@ -29,9 +33,13 @@ class ParamState:
     max_exp_avg_sq: Any
     ema: Any
 
-    def arrays(self) -> dict[str, Any]:
-        """Return the state's own arrays by the names they have in a state_dict."""
-        named = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+    def arrays(self, *, param: bool = False) -> dict[str, Any]:
+        """Return the state's own arrays by the names they have in a state_dict.
+
+        With ``param``, the parameter too.
+        """
+        named = {PARAM: self.param} if param else {}
+        named |= {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
         if self.max_exp_avg_sq is not None:
             named["max_exp_avg_sq"] = self.max_exp_avg_sq
         if self.ema is not None:
@@ -86,6 +94,8 @@ class LoadedState:
     # Of each group, and of the optimizer by the names of its attributes.
     options: list[dict[str, Any]]
     settings: dict[str, Any] = field(default_factory=dict)
+    # What else to call, as function and arguments.
+    calls: Iterable[tuple[Any, ...]] = ()
 
 
 def export_state(
@@ -137,7 +147,7 @@ def import_state(
     found, found_groups = state_dict["state"], state_dict["param_groups"]
     step_count = state_dict.get("step_count")
     wrong = state_mismatches(found, states) + group_mismatches(found_groups, states, len(groups))
-    if not _is_count(step_count):
+    if not is_count(step_count):
         wrong.append(f"step_count must be an integer >= 0 and under 2**62, not {step_count!r}")
     if wrong:
         raise ValueError("state_dict must fit the optimizer: " + "; ".join(wrong))
@@ -167,8 +177,10 @@ def import_options(
     return options
 
 
-def state_mismatches(found: Mapping[Any, Any], states: Sequence[ParamState]) -> list[str]:
-    """Say in what the ``"state"`` of a state_dict does not fit parameters."""
+def state_mismatches(
+    found: Mapping[Any, Any], states: Sequence[ParamState], *, param: bool = False
+) -> list[str]:
+    """Say in what the ``"state"`` of a state_dict does not fit; the parameters too, if asked."""
     known = {s.key: s for s in states}
     wrong = [f"state has no {key!r}" for key in known if key not in found]
     wrong += [
@@ -176,7 +188,7 @@ def state_mismatches(found: Mapping[Any, Any], states: Sequence[ParamState]) -> 
     ]
     for key, own in known.items():
         if key in found:
-            wrong += _mismatches(own, found[key])
+            wrong += _mismatches(own, found[key], param)
     return wrong
 
 
@@ -204,18 +216,18 @@ def _group_mismatches(k: int, group: Any, states: Sequence[ParamState]) -> list[
     return []
 
 
-def _mismatches(state: ParamState, found: Any) -> list[str]:
+def _mismatches(state: ParamState, found: Any, param: bool) -> list[str]:
     if not isinstance(found, Mapping):
         return [f"state[{state.key!r}] is no mapping"]
     place = f"state[{state.key!r}]"
-    wanted = state.arrays()
+    wanted = state.arrays(param=param)
     wrong = [f"{place} has no {name!r}" for name in ("step", *wanted) if name not in found]
     wrong += [
         f"{place} has {name!r}, which the optimizer has not"
         for name in found
         if name not in wanted and name != "step"
     ]
-    if "step" in found and not _is_count(found["step"]):
+    if "step" in found and not is_count(found["step"]):
         wrong.append(
             f"{place}['step'] must be an integer >= 0 and under 2**62, not {found['step']!r}"
         )
@@ -234,7 +246,8 @@ def _mismatches(state: ParamState, found: Any) -> list[str]:
     return wrong
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Whether a value may be a count of steps."""
     try:
         return not isinstance(value, bool) and 0 <= index(value) < 2**62
     except TypeError:

@@ -511,6 +511,7 @@ class Adam:
                     for pair in zip(groups.options, loaded.options, strict=False)
                 ],
                 [(dict.update, vars(self), loaded.settings)],
+                loaded.calls,
             )
 
         for options in groups.options:

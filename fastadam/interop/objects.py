@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, repeat, starmap
+from operator import call
 from typing import Any
 
 import numpy as np
@@ -128,7 +129,7 @@ class ObjectAdam:
             count = self.optimizer._plan.step_count
             before = count[0]
             # Ready before the step: no signal's handler runs between it and their being made.
-            writes = starmap(setattr, self._writes(grads))
+            writes = starmap(call, self._writes(grads))
             try:
                 result = self.optimizer.step(grads, grad_scale=grad_scale, zero_grad=True)
             finally:
@@ -138,26 +139,31 @@ class ObjectAdam:
                     except BaseException:  # in a property of the user's, from it or from a signal
                         for write in self._writes(grads):
                             with contextlib.suppress(BaseException):
-                                setattr(*write)
+                                call(*write)
                         raise
             if result.skipped:
-                _drain(starmap(setattr, self._resets(grads)))
+                _drain(starmap(call, self._resets(grads)))
             return result
 
-    def _writes(self, grads: Sequence[Any]) -> Iterator[tuple[Any, str, float]]:
+    def _writes(self, grads: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
         """Return what a step will write to objects: iterators in C, read when it is done."""
         places = [place for place, k in enumerate(self._scalars) if grads[k] is not None]
+        return chain(self._value_writes(places), self._resets(grads))
+
+    def _value_writes(self, places: Sequence[int] | None = None) -> Iterator[tuple[Any, ...]]:
+        """Return calls that set ``.data``, of the objects at these places among the scalars."""
+        places = range(len(self._scalars)) if places is None else places
         objects = [self._objects[self._scalars[place]] for place in places]
         values = map(self._values.item, places)
-        return chain(zip(objects, repeat("data"), values), self._resets(grads))
+        return zip(repeat(setattr), objects, repeat("data"), values)
 
-    def _resets(self, grads: Sequence[Any]) -> Iterator[tuple[Any, str, float]]:
+    def _resets(self, grads: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
         things = [
             thing
             for thing, grad in zip(self._objects, grads, strict=True)
             if grad is not None and thing.grad is not grad  # no array of the object's own
         ]
-        return zip(things, repeat("grad"), repeat(0.0))
+        return zip(repeat(setattr), things, repeat("grad"), repeat(0.0))
 
     def _read_values(self) -> None:
         scalars = [self._objects[k].data for k in self._scalars]

@@ -1,0 +1,140 @@
+"""Files that are replaced whole: a reader sees the old one or the new one, never a part."""
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+fcntl: Any = None
+with contextlib.suppress(ImportError):  # Windows has none
+    fcntl = import_module("fcntl")
+
+# Where a file is written: a folder beside it, so that moving it into place is one rename.
+_PREFIX, _SUFFIX = ".fastadam-", ".saving"
+
+
+def replace(path: Path, write: Callable[[Path], None], keep: int) -> None:
+    """Have a file written, and put it in the place of the one at ``path``.
+
+    It is flushed to disk before it is moved, and the folder after. What a
+    process that was killed meanwhile has left is removed by the next one.
+
+    Parameters
+    ----------
+    path : Path
+        The file. Links are followed.
+    write : callable
+        ``write(path)`` writes the new file, at a path given to it.
+    keep : int
+        How many files there are then to be at most: this one, and those it
+        was before, at `numbered` paths.
+
+    Raises
+    ------
+    OSError
+        If the system refuses. The file at ``path`` is then as it was.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "there is something that is no file", str(path))
+    _sweep(path.parent)
+    with _work_folder(path.parent) as work:
+        sample = work / "sample"
+        sample.touch()  # for the access rights that the user's files have
+        new = work / "new"
+        write(new)
+        new.chmod(sample.stat().st_mode)
+        _flush(new)
+        _rotate(path, keep, work)
+        new.replace(path)
+        _flush_folder(path.parent)
+
+
+def numbered(path: Path, number: int) -> Path:
+    """Return where the file is kept that was at ``path`` so many files ago."""
+    return path.with_name(f"{path.stem}.{number}{path.suffix}")
+
+
+def _rotate(path: Path, keep: int, work: Path) -> None:
+    """Keep the present file at another path as well; at every moment it is at its own."""
+    kept = 1  # of the places for older files, the first that is free
+    while numbered(path, kept).exists():
+        kept += 1
+    for number in range(keep, kept):
+        numbered(path, number).unlink()
+    first = numbered(path, 1)
+    if keep == 1 or not path.exists() or (first.exists() and first.samefile(path)):
+        return  # the last: killed at this point
+    for number in range(min(kept, keep - 1), 1, -1):
+        numbered(path, number - 1).replace(numbered(path, number))
+    try:
+        os.link(path, first)
+    except OSError:  # this file system has no links
+        copy = work / "copy"
+        shutil.copy2(path, copy)
+        _flush(copy)
+        copy.replace(first)
+
+
+@contextlib.contextmanager
+def _work_folder(parent: Path) -> Iterator[Path]:
+    """Make a folder that is this process's as long as it runs, and remove it."""
+    while True:
+        folder = Path(tempfile.mkdtemp(_SUFFIX, _PREFIX, parent))
+        with _locked(folder, wait=True):
+            if not folder.exists():  # taken for a dead process's before it was locked
+                continue
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            return
+
+
+def _sweep(parent: Path) -> None:
+    """Remove the folders of processes that were killed."""
+    for folder in parent.glob(f"{_PREFIX}*{_SUFFIX}"):
+        with contextlib.suppress(OSError), _locked(folder, wait=False) as locked:
+            if locked:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, *, wait: bool) -> Iterator[bool]:
+    """Lock a folder, which the system undoes at a process's end; tell whether it could be."""
+    if fcntl is None:
+        yield False
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        locked = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:  # another has it, or this file system has no locks
+            locked = False
+        yield locked
+    finally:
+        os.close(descriptor)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    if os.name == "nt":  # folders cannot be opened
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,194 @@
+"""The file of a checkpoint: tensors, what is said of them, checksums of both."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import stat
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+# The newest that is written; all from 1 on are read.
+FORMAT = 1
+
+# Of the metadata, each of which is text: the number above, a JSON object, and the digest of both
+# and of the tensors' names, dtypes and shapes.
+_FORMAT, _DESCRIPTION, _DIGEST = "fastadam_format", "fastadam", "fastadam_sha256"
+
+_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+class CheckpointError(ValueError):
+    """A file is no checkpoint of fastadam's, is damaged, or does not fit the optimizer.
+
+    The message says which, and names every mismatch.
+    """
+
+
+def need_safetensors() -> Any:
+    """Return the package, or say how to get it.
+
+    Raises
+    ------
+    ImportError
+        If it is not installed.
+    """
+    try:
+        import safetensors
+    except ImportError as error:
+        raise ImportError(
+            "checkpoints need safetensors: pip install 'fastadam[checkpoint]'", name="safetensors"
+        ) from error
+    return safetensors
+
+
+def write(path: Path, tensors: Mapping[str, npt.NDArray[Any]], description: Any) -> None:
+    """Write a file of arrays of float32 and float64, which are read where they lie.
+
+    Raises
+    ------
+    OSError
+        If the system refuses.
+    """
+    safetensors = need_safetensors()
+    arrays = {
+        name: np.require(array, array.dtype.newbyteorder("<"), "C")
+        for name, array in tensors.items()
+    }
+    text = json.dumps(
+        {**description, "crc32": {name: zlib.crc32(_bytes(a)) for name, a in arrays.items()}},
+        allow_nan=False,
+        separators=(",", ":"),
+    )
+    layout = {name: (_CODES[array.dtype], list(array.shape)) for name, array in arrays.items()}
+    metadata = {_FORMAT: str(FORMAT), _DESCRIPTION: text}
+    specs = {
+        name: safetensors.TensorSpec(
+            dtype=array.dtype.name,
+            shape=array.shape,
+            data_ptr=array.ctypes.data,
+            data_len=array.nbytes,
+        )
+        for name, array in arrays.items()
+    }
+    try:
+        safetensors.serialize_file(
+            specs, path, metadata={**metadata, _DIGEST: _digest(metadata, layout)}
+        )
+    except safetensors.SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+class Reader:
+    """A file that is open, of which all but the tensors' values has been checked.
+
+    Attributes
+    ----------
+    description : dict
+        What `write` was given.
+    layout : dict
+        Of each tensor by name, dtype and shape.
+    """
+
+    def __init__(self, path: Path, file: Any) -> None:
+        self._path, self._file = path, file
+        metadata = file.metadata() or {}
+        if _FORMAT not in metadata:
+            raise CheckpointError(f"{path} is no checkpoint of fastadam's")
+        codes: dict[str, tuple[str, list[int]]] = {}
+        for name in file.keys():  # noqa: SIM118 - it is no mapping
+            part = file.get_slice(name)
+            codes[name] = part.get_dtype(), part.get_shape()
+        rest = {name: text for name, text in metadata.items() if name != _DIGEST}
+        if metadata.get(_DIGEST) != _digest(rest, codes):
+            number = rest[_FORMAT]
+            if number.isdecimal() and int(number[:9]) > FORMAT:
+                raise CheckpointError(
+                    f"{path} is of format {number:.9}, and this fastadam reads up to {FORMAT}"
+                )
+            raise CheckpointError(f"{path} is damaged: its header has another checksum")
+        if rest[_FORMAT] != str(FORMAT):
+            raise CheckpointError(
+                f"{path} must be of a format up to {FORMAT}, got {rest[_FORMAT]!r:.60}"
+            )
+        self.description = json.loads(rest[_DESCRIPTION])
+        self.layout: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
+            name: (_DTYPES[code], tuple(map(int, shape))) for name, (code, shape) in codes.items()
+        }
+        self._checksums = {name: int(self.description["crc32"][name]) for name in codes}
+
+    def read(self, name: str) -> npt.NDArray[Any]:
+        """Return a tensor in memory of its own.
+
+        Raises
+        ------
+        CheckpointError
+            If it is not what was written.
+        """
+        with blaming(self._path):
+            array: npt.NDArray[Any] = self._file.get_tensor(name)
+        if zlib.crc32(_bytes(array)) != self._checksums[name]:
+            raise CheckpointError(f"{self._path} is damaged: {name!r} has another checksum")
+        return array
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Reader]:
+    """Open a checkpoint, and check all but the tensors' values.
+
+    Raises
+    ------
+    CheckpointError
+        If it is none, or damaged.
+    OSError
+        If it is not there, or cannot be read.
+    """
+    safetensors = need_safetensors()
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+        raise CheckpointError(f"{path} must be a file")
+    with contextlib.ExitStack() as stack:
+        with blaming(path):
+            # Read, not mapped: were it cut short meanwhile, a mapping would end the process.
+            handle = safetensors.safe_open(path, framework="np", backend="pread")
+            reader = Reader(path, stack.enter_context(handle))
+        yield reader
+
+
+@contextlib.contextmanager
+def blaming(path: Path) -> Iterator[None]:
+    """Raise CheckpointError for whatever goes wrong in making sense of a file."""
+    try:
+        yield
+    except (CheckpointError, OSError):
+        raise
+    except (
+        need_safetensors().SafetensorError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
+        text = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+        raise CheckpointError(f"{path} is no checkpoint, or damaged: {text}") from error
+
+
+def _bytes(array: npt.NDArray[Any]) -> Any:
+    return array.reshape(-1).view(np.uint8)
+
+
+def _digest(metadata: Mapping[str, str], layout: Mapping[str, Any]) -> str:
+    """Return the checksum of all that is said of the tensors."""
+    said = json.dumps([sorted(metadata.items()), sorted(layout.items())])
+    return hashlib.sha256(said.encode()).hexdigest()
