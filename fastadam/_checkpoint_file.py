@@ -9,6 +9,7 @@ import re
 import stat
 import zlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,9 @@ def write(path: Path, tensors: Mapping[str, npt.NDArray[Any]], description: Any)
         name: np.require(array, array.dtype.newbyteorder("<"), "C")
         for name, array in tensors.items()
     }
-    text = json.dumps(
-        {**description, "crc32": {name: zlib.crc32(_bytes(a)) for name, a in arrays.items()}},
-        allow_nan=False,
-        separators=(",", ":"),
-    )
+    with ThreadPoolExecutor() as pool:
+        checksums = dict(zip(arrays, pool.map(_checksum, arrays.values()), strict=True))
+    text = json.dumps({**description, "crc32": checksums}, allow_nan=False, separators=(",", ":"))
     layout = {name: (_CODES[array.dtype], list(array.shape)) for name, array in arrays.items()}
     metadata = {_FORMAT: str(FORMAT), _DESCRIPTION: text}
     specs = {
@@ -137,7 +136,7 @@ class Reader:
         """
         with blaming(self._path):
             array: npt.NDArray[Any] = self._file.get_tensor(name)
-        if zlib.crc32(_bytes(array)) != self._checksums[name]:
+        if _checksum(array) != self._checksums[name]:
             raise CheckpointError(f"{self._path} is damaged: {name!r} has another checksum")
         return array
 
@@ -184,8 +183,8 @@ def blaming(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} is no checkpoint, or damaged: {text}") from error
 
 
-def _bytes(array: npt.NDArray[Any]) -> Any:
-    return array.reshape(-1).view(np.uint8)
+def _checksum(array: npt.NDArray[Any]) -> int:
+    return zlib.crc32(array.reshape(-1).view(np.uint8).data)
 
 
 def _digest(metadata: Mapping[str, str], layout: Mapping[str, Any]) -> str:

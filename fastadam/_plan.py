@@ -307,7 +307,9 @@ class Plan:
         if _SMALL < total < _LARGE:
             return math.sqrt(total) * factor
         present = [np.asarray(grad) for grad in grads if grad is not None and grad.size]
-        largest = float(np.max([np.max(np.abs(grad)) for grad in present], initial=0.0))
+        # Without a copy; NaN stays NaN.
+        ends = [[-np.min(grad), np.max(grad)] for grad in present]
+        largest = float(np.max(ends, initial=0.0))
         if largest == 0.0 or not math.isfinite(largest):
             return largest
         # Squares that would be infinite, or subnormal: a power of 2 takes no digit away.

@@ -47,7 +47,8 @@ class Adam:
         step, each in [0, 1).
     eps : float
         Added to the root of the second moment, >= 0, in units of the
-        gradient. With 0, an element whose gradients were all 0 becomes NaN.
+        gradient. With 0, an element whose gradients were all 0 becomes NaN, and
+        one whose squares are too small for the dtype infinite.
     weight_decay : float
         Strength of the decay of the parameters towards 0, >= 0: added to the
         gradient as ``weight_decay * param`` (L2), or decoupled.

@@ -69,7 +69,7 @@ def gather() -> dict[str, Any]:
     """Find out what a step would use in this process.
 
     Compiles two small functions and launches Numba's threads, about one
-    second in all; a child forked afterwards may not survive a step.
+    second in all; a child forked afterwards may have one thread only.
 
     Returns
     -------
@@ -90,7 +90,9 @@ def gather() -> dict[str, Any]:
         ``threads``
             ``count`` (int); ``layer``, ``error`` (str or None: the layer, or
             why there is none); ``layers`` (dict of layer to bools
-            ``available``, ``survives_fork``, ``concurrent_steps``); ``seen``
+            ``available``, ``threads_after_fork``: whether a forked child's
+            steps use several, and ``concurrent_functions``: whether parallel
+            functions of your own can run in several Python threads; ``seen``
             (int: how many took part in a launch); ``on_cpus`` (int or None:
             CPUs that they may run on); ``main_bound`` (bool: the launch
             narrowed the main thread's affinity); ``parallel_from`` (int:
@@ -224,9 +226,10 @@ def _render(facts: Mapping[str, Any]) -> str:
     for name, layer in threads["layers"].items():
         state = "available" if layer["available"] else "not available"
         state = "in use" if name == threads["layer"] else state
-        fork = "works" if layer["survives_fork"] else "kills it"
-        calls = "work" if layer["concurrent_steps"] else "abort"
-        text = f"{name}, {state}: a step in a forked child {fork}, concurrent steps {calls}"
+        fork = "several threads" if layer["threads_after_fork"] else "one thread"
+        text = f"{name}, {state}: a forked child steps in {fork}"
+        if not layer["concurrent_functions"]:
+            text += "; parallel functions of your own must not run beside a step"
         rows.append(("layers" if name == "tbb" else "", text))
     gpu = facts["gpu"]
     rows += [("GPU", gpu["summary"]), ("", f"CUDA: {gpu['package']}" if gpu["package"] else "")]

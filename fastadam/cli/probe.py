@@ -22,7 +22,7 @@ OPTIONAL = (
     "autograd matplotlib rich torch jax scipy mpi4py cupy-cuda12x cupy-cuda13x numba-cuda tbb"
 )
 # Numba's threading layers: the module that holds it; whether a child forked after a parallel step
-# can take one; whether several Python threads can be in one at once.
+# has threads; whether several Python threads can be in parallel functions of the user's own.
 LAYERS = {
     "tbb": ("tbbpool", True, True),
     "omp": ("omppool", sys.platform != "linux", True),  # on Linux, GNU OpenMP
@@ -204,10 +204,10 @@ def threads() -> dict[str, Any]:
         "layers": {
             name: {
                 "available": _has_layer(name),
-                "survives_fork": survives_fork,
-                "concurrent_steps": concurrent_steps,
+                "threads_after_fork": threads_after_fork,
+                "concurrent_functions": concurrent_functions,
             }
-            for name, (_, survives_fork, concurrent_steps) in LAYERS.items()
+            for name, (_, threads_after_fork, concurrent_functions) in LAYERS.items()
         },
         "seen": len(seen),
         "on_cpus": len(on_cpus) or None,
