@@ -26,7 +26,7 @@ from numba import config
 from oracle import Reference, clip_coefficient, global_norm
 
 import fastadam
-from fastadam import StepResult, _cuda, _cuda_messages, _cuda_plan, _device
+from fastadam import StepResult, _cuda, _cuda_host, _cuda_messages, _cuda_plan, _device
 from fastadam._cuda_arrays import DeviceArray, current_stream, view
 from fastadam._device import cuda
 
@@ -585,6 +585,54 @@ def test_state_travels(rng, dtypes, there):
         state = pickle.loads(pickle.dumps(state))
     check_same(after, first)
     check_same_state(state, whole.state_dict())
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["to-the-device", "and-back"])
+def test_checkpoints_travel(rng, tmp_path, there):
+    """Saved on one and resumed on the other: the bits of steps on one alone."""
+    pytest.importorskip("safetensors", exc_type=ImportError)
+    options = {"schedule": fastadam.schedules.cosine(9), "nonfinite": "skip", **FULL}
+    params = draws(rng, [(3, 5), (), (0,), (7,)], ("f4", "f8"))
+    params[0] = np.asfortranarray(params[0])
+    grads = [like(rng, params) for _ in range(4)]
+    whole = fastadam.Adam(first := [p.copy("A") for p in params], **options)
+    for given in grads:
+        whole.step(given)
+    wraps = (lambda a: a, InterfaceArray) if there else (InterfaceArray, lambda a: a)
+    for k, wrap in enumerate(wraps):
+        after = [placed(p + k) for p in params]
+        opt = fastadam.Adam(each(wrap, after), **{**options, "schedule": None})
+        opt.schedule = None if k else options["schedule"]
+        if k:
+            fastadam.load(tmp_path / "run.safetensors", opt)
+        for given in grads[2 * k : 2 * k + 2]:
+            opt.step(each(wrap, given))
+        fastadam.save(tmp_path / "run.safetensors", opt)
+    check_same(after, first)
+    check_same_state(opt.state_dict(), whole.state_dict())
+
+
+def test_an_interrupted_load_is_made_whole(tmp_path, monkeypatch):
+    """Writing to a device takes Python, and so signals come in between: all is written again."""
+    pytest.importorskip("safetensors", exc_type=ImportError)
+    old = fastadam.Adam([InterfaceArray(np.ones(5)), InterfaceArray(np.ones(3))])
+    old.step([InterfaceArray(np.ones(5)), InterfaceArray(np.ones(3))])
+    fastadam.save(tmp_path / "run.safetensors", old)
+    params = [np.zeros(5), np.zeros(3)]
+    new = fastadam.Adam(each(InterfaceArray, params))
+    assign, calls = _cuda_host.assign, []
+
+    def interrupted(*pair):
+        calls.append(pair)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        assign(*pair)
+
+    monkeypatch.setattr(_cuda_host, "assign", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fastadam.load(tmp_path / "run.safetensors", new)
+    check_same_state(new.state_dict(), old.state_dict())
+    assert all(param.all() for param in params)
 
 
 def test_state_of_device_arrays_can_be_loaded(rng):
