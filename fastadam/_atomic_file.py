@@ -62,15 +62,13 @@ def numbered(path: Path, number: int) -> Path:
 
 def _rotate(path: Path, keep: int, work: Path) -> None:
     """Keep the present file at another path as well; at every moment it is at its own."""
-    kept = 1  # of the places for older files, the first that is free
-    while numbered(path, kept).exists():
-        kept += 1
-    for number in range(keep, kept):
-        numbered(path, number).unlink()
     first = numbered(path, 1)
     if keep == 1 or not path.exists() or (first.exists() and first.samefile(path)):
         return  # the last: killed at this point
-    for number in range(min(kept, keep - 1), 1, -1):
+    free = 1  # of the places for older files, or the last
+    while free < keep - 1 and numbered(path, free).exists():
+        free += 1
+    for number in range(free, 1, -1):
         numbered(path, number - 1).replace(numbered(path, number))
     try:
         os.link(path, first)

@@ -10,6 +10,7 @@ import stat
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 class CheckpointError(ValueError):
-    """A file is no checkpoint of fastadam's, is damaged, or does not fit the optimizer.
+    """A file is no checkpoint, is damaged, or does not fit the optimizer.
 
     The message says which, and names every mismatch.
     """
@@ -40,13 +41,15 @@ def need_safetensors() -> Any:
     Raises
     ------
     ImportError
-        If it is not installed.
+        If it is not installed, or too old.
     """
     try:
-        import safetensors
-    except ImportError as error:
+        safetensors = import_module("safetensors")
+        _ = safetensors.TensorSpec
+    except (ImportError, AttributeError) as error:
         raise ImportError(
-            "checkpoints need safetensors: pip install 'fastadam[checkpoint]'", name="safetensors"
+            "checkpoints need safetensors 0.8 or later: pip install 'fastadam[checkpoint]'",
+            name="safetensors",
         ) from error
     return safetensors
 
@@ -155,6 +158,7 @@ def opened(path: Path) -> Iterator[Reader]:
     safetensors = need_safetensors()
     if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
         raise CheckpointError(f"{path} must be a file")
+    path.open("rb").close()  # raises what is true, where safetensors says that there is none
     with contextlib.ExitStack() as stack:
         with blaming(path):
             # Read, not mapped: were it cut short meanwhile, a mapping would end the process.

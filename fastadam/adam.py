@@ -103,6 +103,14 @@ class Adam:
     True
     """
 
+    _groups: Groups
+    _plan: Any
+    _scalars: Any
+    _flatten: Callable[[Any], tuple[Any, ...]]
+    # The gradients of our own, made when first asked for: as the user has them, and in a row.
+    _grads: Any
+    _own_grads: tuple[Any, ...]
+
     def __init__(
         self,
         params: Any,
@@ -149,11 +157,15 @@ class Adam:
         backend = groups.backend
         scalars = backend.Scalars(groups)
         plan = backend.Plan(groups.states, groups.labels, steps, step_count, scalars)
-        self._groups, self._plan, self._scalars = groups, plan, scalars
-        self._flatten = groups.flattener()
-        # The gradients of our own, made when first asked for: as the user has them, and in a row.
-        self._grads: Any = None
-        self._own_grads: tuple[Any, ...] = ()
+        # In one call of C, so that Ctrl-C cannot leave the old beside the new.
+        vars(self).update(
+            _groups=groups,
+            _plan=plan,
+            _scalars=scalars,
+            _flatten=groups.flattener(),
+            _grads=None,
+            _own_grads=(),
+        )
 
     def add_param_group(self, group: Mapping[str, Any]) -> None:
         """Add parameters; from the next step on, ``grads`` has one entry a group.

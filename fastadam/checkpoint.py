@@ -1,4 +1,4 @@
-"""Checkpoints: all of an optimizer, and its parameters, in one safetensors file."""
+"""Checkpoints: an optimizer and its parameters in one safetensors file."""
 
 import contextlib
 import math
@@ -89,12 +89,13 @@ def save(
     keep: int = 1,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write an optimizer, and its parameters, to a file from which `load` goes on.
+    """Write an optimizer and its parameters to a file from which `load` goes on.
 
     The file is a safetensors file, which other libraries read too: tensors
     ``param/<name>``, ``exp_avg/<name>``, ``exp_avg_sq/<name>`` and, where they
     are kept, ``max_exp_avg_sq/<name>`` and ``ema/<name>``, a parameter without a
     name being called by its place. All else is in the metadata, with checksums.
+    (safetensors writes metadata in any order: two files of one state may differ.)
 
     It is written beside the file at ``path``, flushed to disk, and then put in
     its place: whatever happens meanwhile, there is the old file or the new one.
@@ -175,7 +176,7 @@ def load(
     rename: Mapping[Any, Any] | Callable[[Any], Any] | None = None,
     partial: bool = False,
 ) -> Checkpoint:
-    """Make an optimizer, and its parameters, what they were when a file was saved.
+    """Make an optimizer and its parameters what they were at a `save`.
 
     Everything is checked, checksums included, before anything is changed.
     Arrays are written in place. It takes memory for the file's tensors, each
@@ -222,7 +223,15 @@ def load(
 
     Examples
     --------
-    See `save`.
+    >>> import numpy as np, fastadam, os, tempfile
+    >>> path = os.path.join(tempfile.mkdtemp(), "run.safetensors")
+    >>> opt = fastadam.Adam({"w": np.zeros(3)})
+    >>> opt.step({"w": np.ones(3)}).step
+    0
+    >>> fastadam.save(path, opt)
+    >>> new = fastadam.Adam({"weight": np.zeros(3)})
+    >>> fastadam.load(path, new, rename={"w": "weight"}).step_count
+    1
     """
     params, partial = _options.flag(params, "params"), _options.flag(partial, "partial")
     hyperparameters = _options.flag(hyperparameters, "hyperparameters") and not partial
@@ -371,7 +380,8 @@ def _parse(reader: Reader) -> Checkpoint:
     said = reader.description
     keys = [_key(key) for key in said["params"]]
     steps = dict(zip(keys, map(_count, said["steps"]), strict=True))
-    if len({str(key) for key in keys}) != len(keys):
+    names = {str(key) for key in keys}
+    if len(names) != len(keys):
         raise ValueError("two parameters have one name")
     groups = [
         {**_options.check_options(group), "params": [_key(key) for key in group["params"]]}
@@ -381,7 +391,7 @@ def _parse(reader: Reader) -> Checkpoint:
         raise ValueError("the parameters of the groups are not all parameters")
     for name in reader.layout:
         kind, _, param = name.partition("/")
-        if kind not in KINDS or param not in {str(key) for key in keys}:
+        if kind not in KINDS or param not in names:
             raise ValueError(f"{name!r:.60} is no tensor of a parameter")
     schedule, norm = said["schedule"], said["max_grad_norm"]
     if schedule is not None and "repr" in schedule:

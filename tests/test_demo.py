@@ -261,6 +261,28 @@ def test_smoothed_loss(run):
     assert records[99].smoothed_loss == pytest.approx(expected, rel=1e-12)
 
 
+def test_a_run_in_two_parts(run, model, train):
+    """The second part, of another generator, gives the records of one run to the last bit."""
+    names, whole = data.load_names(), run(fast_adam)[2]
+    params = model.init_params(np.random.default_rng(42))
+    optimizer = fast_adam(params)
+    rngs = np.random.default_rng(43), np.random.default_rng(43)
+    parts = list(train(params, names, optimizer, num_steps=7, rng=rngs[0]))
+    parts += train(
+        params,
+        names,
+        optimizer,
+        num_steps=12,
+        rng=rngs[1],
+        first_step=7,
+        average=parts[-1].average,
+    )
+    for one, other in zip(parts, whole[:12], strict=True):
+        assert (one.step, one.loss, one.smoothed_loss, one.lr) == (
+            *(other.step, other.loss, other.smoothed_loss, other.lr),
+        )
+
+
 def test_sampled_names_are_seeded_and_mostly_end(model, run):
     _, params, _ = run(fast_adam)
     draws = [

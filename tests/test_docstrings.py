@@ -9,19 +9,21 @@ import pytest
 import fastadam
 from fastadam import schedules
 
-MODULES = ["adam", "schedules", "interop.objects", "_exact", "_formula"]
+MODULES = ["adam", "checkpoint", "schedules", "interop.objects", "_exact", "_formula"]
 PUBLIC = [
     *(
         getattr(fastadam, name)
         for name in fastadam.__all__
-        if name not in ("__version__", "schedules")
+        if name not in ("CheckpointError", "__version__", "checkpoint", "schedules")
     ),
     *(getattr(schedules, name) for name in schedules.__all__ if name != "Schedule"),
 ]
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples(name):
+def test_examples(name, optional):
+    if name == "checkpoint":
+        optional("safetensors")
     module = importlib.import_module(f"fastadam.{name}")
     failed, _ = doctest.testmod(module)
     assert failed == 0

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["CommandError", "main", "output_path", "require", "say", "whole_number"]
+__all__ = ["CommandError", "main", "output_path", "printable", "require", "say", "whole_number"]
 
 
 class CommandError(Exception):
@@ -45,12 +45,12 @@ class _Parser(argparse.ArgumentParser):
 def _build_parser() -> _Parser:
     # Imported here: the commands themselves import from this module.
     from fastadam import __version__
-    from fastadam.cli import bench, info, train
+    from fastadam.cli import bench, info, inspect, train
 
     parser = _Parser(prog="fastadam", description="Adam on the arrays you own.")
     parser.add_argument("--version", action="version", version=f"fastadam {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
-    for command in (train, bench, info):
+    for command in (train, bench, info, inspect):
         command.add_parser(subparsers)
     return parser
 
@@ -87,8 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CommandError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return error.status
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:  # a command may add what is left of its work
+        print("; ".join([f"{prog}: interrupted", *map(str, stop.args)]), file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader has left, as in `fastadam train | head -1`. Python flushes stdout once more
@@ -189,6 +189,28 @@ def require(*packages: str, extra: str = "demo") -> None:
             raise CommandError(
                 f'needs the package {error.name}: pip install "fastadam[{extra}]"'
             ) from error
+
+
+def printable(text: str) -> str:
+    r"""Escape what a terminal would obey and not show: control and format characters.
+
+    Parameters
+    ----------
+    text : str
+        From a file, say.
+
+    Returns
+    -------
+    str
+        One line.
+
+    Examples
+    --------
+    >>> from fastadam.cli import printable
+    >>> print(printable("red: " + chr(27) + "[31m"))
+    red: \x1b[31m
+    """
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def say(text: str) -> None:

@@ -14,10 +14,19 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
-from fastadam.cli import CommandError, output_path, outputs, require, say, whole_number
+from fastadam.cli import (
+    CommandError,
+    inspect,
+    output_path,
+    outputs,
+    require,
+    resume,
+    say,
+    whole_number,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from fastadam.demo.train import StepRecord
 
@@ -25,6 +34,7 @@ __all__ = ["add_parser", "run"]
 
 BETAS = (0.9, 0.95)
 EPS = 1e-8
+EVERY, KEEP = 100, 1
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -53,29 +63,25 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     add(
         "--steps",
         type=whole_number(1),
-        default=1000,
         metavar="N",
-        help="how many steps (default: %(default)s)",
+        help=f"how many steps (default: {resume.DEFAULTS['steps']})",
     )
     add(
         "--lr",
         type=_learning_rate,
-        default=1e-2,
         metavar="X",
-        help="learning rate of the first step (default: %(default)s)",
+        help=f"learning rate of the first step (default: {resume.DEFAULTS['lr']})",
     )
     add(
         "--seed",
         type=whole_number(0),
-        default=42,
         metavar="N",
-        help="the same seed gives the same losses and names (default: %(default)s)",
+        help=f"the same seed gives the same losses and names (default: {resume.DEFAULTS['seed']})",
     )
     add(
         "--dtype",
-        choices=("float32", "float64"),
-        default="float64",
-        help="of parameters and gradients (default: %(default)s)",
+        choices=resume.DTYPES,
+        help=f"of parameters and gradients (default: {resume.DEFAULTS['dtype']})",
     )
     add(
         "--samples",
@@ -95,6 +101,33 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         type=output_path,
         metavar="OUT.json",
         help="save every loss and learning rate, the settings, versions and names",
+    )
+    add(
+        "--checkpoint",
+        type=resume.checkpoint_path,
+        metavar="FILE",
+        help="save what --resume needs, every so many steps and after the last",
+    )
+    add(
+        "--every",
+        type=whole_number(1),
+        metavar="N",
+        help=f"how many steps from one checkpoint to the next (default: {EVERY})",
+    )
+    add(
+        "--keep",
+        type=whole_number(1),
+        metavar="N",
+        help=(
+            "how many checkpoints to keep, older ones as name.1.suffix and so on "
+            f"(default: {KEEP})"
+        ),
+    )
+    add(
+        "--resume",
+        type=Path,
+        metavar="FILE",
+        help="go on from a checkpoint, with its settings, as if there had been no break",
     )
     parser.set_defaults(run=run)
 
@@ -116,59 +149,131 @@ def run(args: argparse.Namespace) -> int:
     ------
     CommandError
         If a file or an optional package is missing, a name cannot be
-        encoded, or training runs into infinity or NaN.
+        encoded, a checkpoint cannot be read or written, an option contradicts
+        the one resumed from, or training runs into infinity or NaN.
+    KeyboardInterrupt
+        With what the checkpoint holds as its message, if one is written.
     """
     began = time.perf_counter()
+    for option, value in (("--every", args.every), ("--keep", args.keep)):
+        if value is not None and args.checkpoint is None:
+            raise CommandError(f"{option} must come with --checkpoint, got {value} alone")
     names = _names(args.names)
     outputs.check_picture(args.plot)
-    outputs.check_files({"--names": args.names, "--plot": args.plot, "--json": args.json})
+    saved = None if args.resume is None else inspect.read(args.resume, verify=False)
+    settings = resume.settings(args, names, saved)
+    outputs.check_files(
+        {
+            "--names": args.names,
+            "--resume": args.resume,
+            "--checkpoint": None if resume.in_place(args) else args.checkpoint,
+            "--plot": args.plot,
+            "--json": args.json,
+        }
+    )
     require("autograd", "rich", *(["matplotlib"] if args.plot else []))
+    if args.checkpoint is None:
+        _train(args, names, settings, began)
+        return 0
+    require("safetensors", extra="checkpoint")
+    try:
+        _train(args, names, settings, began)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(resume.note(args.checkpoint, settings)) from None
+    return 0
 
+
+def _train(
+    args: argparse.Namespace, names: Sequence[str], settings: Mapping[str, Any], began: float
+) -> None:
     import numpy as np
 
     import fastadam
     from fastadam.demo.model import CONTEXT, init_params, sample
     from fastadam.demo.train import train
 
+    num_steps, lr, dtype = settings["steps"], settings["lr"], settings["dtype"]
     # The first step is as long as lr / (1 - beta1) at most, before the moments are divided.
-    largest = float(np.finfo(args.dtype).max) * (1 - BETAS[0])
-    if args.lr > largest:
+    largest = float(np.finfo(dtype).max) * (1 - BETAS[0])
+    if lr > largest:
         raise CommandError(
-            f"--lr must not exceed {largest:g}, where steps become infinite in {args.dtype},"
-            f" got {args.lr:g}"
+            f"--lr must not exceed {largest:g}, where steps become infinite in {dtype}, got {lr:g}"
         )
     # A stream for each use: asking for more samples changes no loss.
-    init_rng, order_rng, sample_rng = np.random.default_rng(args.seed).spawn(3)
-    params = init_params(init_rng, args.dtype)
+    init_rng, order_rng, sample_rng = np.random.default_rng(settings["seed"]).spawn(3)
+    params = init_params(init_rng, dtype)
     optimizer = fastadam.Adam(
-        params, lr=args.lr, betas=BETAS, eps=EPS, schedule=fastadam.schedules.cosine(args.steps)
+        params, lr=lr, betas=BETAS, eps=EPS, schedule=fastadam.schedules.cosine(num_steps)
     )
-    say(
-        f"Training {sum(param.size for param in params.values()):,} parameters ({args.dtype}) "
-        f"on {len(names):,} names, one name per step; the very first run compiles the kernel."
-    )
+    average = 0.0
+    if args.resume is not None:
+        with inspect.explained(args.resume):
+            average = fastadam.load(args.resume, optimizer).extra["average"]
+        say(f"{resume.position(args.resume, optimizer.step_count, num_steps)}.")
+    first_step = optimizer.step_count
+    if first_step < num_steps:
+        say(
+            f"Training {sum(param.size for param in params.values()):,} parameters ({dtype}) "
+            f"on {len(names):,} names, one name per step; the very first run compiles the kernel."
+        )
     long = sum(len(name) > CONTEXT for name in names)
     if long:
         say(f"Of names of more than {CONTEXT} letters, {long} here, the rest is not learnt.")
-    steps = train(params, names, optimizer, num_steps=args.steps, rng=order_rng)
+
+    def save(average: float) -> None:
+        extra = {"program": resume.PROGRAM, "settings": settings, "average": average}
+        outputs.save(
+            args.checkpoint,
+            lambda path: fastadam.save(path, optimizer, keep=args.keep or KEEP, extra=extra),
+        )
+
+    steps = train(
+        params,
+        names,
+        optimizer,
+        num_steps=num_steps,
+        rng=order_rng,
+        first_step=first_step,
+        average=average,
+    )
+    if args.checkpoint is not None:
+        steps = _saving(steps, save, every=args.every or EVERY, num_steps=num_steps)
     try:
-        records = list(_progress(steps, args.steps))
+        records = list(_progress(steps, first_step, num_steps))
         samples = [sample(params, sample_rng) for _ in range(args.samples)]
     except FloatingPointError as error:
-        raise CommandError(f"{error}; try a lower --lr than {args.lr:g}", status=1) from error
+        raise CommandError(f"{error}; try a lower --lr than {lr:g}", status=1) from error
+    saved = args.checkpoint is not None and (bool(records) or not resume.in_place(args))
+    if saved and not records:  # to another file, which is to hold the last step too
+        save(average)
     seconds = time.perf_counter() - began
 
-    _show(records, samples, names, seconds)
+    if records:
+        _show_losses(records, seconds)
+    _show_samples(samples, names)
     if args.json is not None:
-        report = _report(args, len(names), records, samples, seconds)
+        report = _report(args, settings, first_step, records, samples, seconds)
         text = json.dumps(report, indent=1, allow_nan=False)
         _write(args.json, lambda path: path.write_text(text + "\n", encoding="utf-8"))
-    if args.plot is not None:
+    if args.plot is not None and records:
         from fastadam.demo.figures import save_plot
 
-        title = f"fastadam train: {len(names):,} names, lr {args.lr:g}, seed {args.seed}"
+        title = f"fastadam train: {len(names):,} names, lr {lr:g}, seed {settings['seed']}"
         _write(args.plot, lambda path: save_plot(records, path, title=title))
-    return 0
+    elif args.plot is not None:
+        say(f"No step to draw: {args.plot} is not written.")
+    if saved:
+        say(f"Saved {args.checkpoint}")
+
+
+def _saving(
+    records: Iterable[StepRecord], save: Callable[[float], None], *, every: int, num_steps: int
+) -> Iterator[StepRecord]:
+    for record in records:
+        done = record.step + 1
+        if done % every == 0 or done == num_steps:
+            save(record.average)
+        yield record
 
 
 def _learning_rate(text: str) -> float:
@@ -194,7 +299,9 @@ def _names(path: Path | None) -> list[str]:
         raise CommandError(f"--names {error}") from error
 
 
-def _progress(records: Iterable[StepRecord], num_steps: int) -> Iterator[StepRecord]:
+def _progress(
+    records: Iterable[StepRecord], first_step: int, num_steps: int
+) -> Iterator[StepRecord]:
     from rich import progress
     from rich.console import Console
 
@@ -207,33 +314,36 @@ def _progress(records: Iterable[StepRecord], num_steps: int) -> Iterator[StepRec
         progress.TimeRemainingColumn(),
     )
     with progress.Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("train", total=num_steps, status="preparing the kernel")
+        task = bar.add_task(
+            "train", total=num_steps, completed=first_step, status="preparing the kernel"
+        )
         for record in records:
             status = f"loss {record.smoothed_loss:.3f}  lr {record.lr:.1e}"
             bar.update(task, advance=1, status=status)
             yield record
 
 
-def _show(
-    records: Sequence[StepRecord], samples: Sequence[str], names: Sequence[str], seconds: float
-) -> None:
+def _show_losses(records: Sequence[StepRecord], seconds: float) -> None:
     from fastadam.demo.data import VOCAB_SIZE
     from fastadam.demo.figures import text_curve
 
-    say("\nLoss, smoothed, over the steps:")
+    first, last = records[0].step + 1, records[-1].step + 1
+    which = "the steps" if first == 1 else f"steps {first:,} to {last:,}"
+    say(f"\nLoss, smoothed, over {which}:")
     smoothed = [record.smoothed_loss for record in records]
     width = max(10, min(64, shutil.get_terminal_size().columns - 8))
-    curve = text_curve(smoothed, width=width)
+    curve = text_curve(smoothed, width=width, first=first)
     try:
         curve.encode(sys.stdout.encoding or "ascii")
     except UnicodeEncodeError:
-        curve = text_curve(smoothed, width=width, ascii_only=True)
+        curve = text_curve(smoothed, width=width, ascii_only=True, first=first)
     say(curve)
 
     losses = [record.loss for record in records]
     few = min(50, len(losses))
+    these = "steps" if first == 1 else "of these"
     say(
-        f"\nMean loss: {fmean(losses[:few]):.3f} over the first {few} steps, "
+        f"\nMean loss: {fmean(losses[:few]):.3f} over the first {few} {these}, "
         f"{fmean(losses[-few:]):.3f} over the last {few} "
         f"(a uniform guess: {math.log(VOCAB_SIZE):.3f})."
     )
@@ -242,6 +352,9 @@ def _show(
         f"Time: {seconds:.2f} s in all, {sum(times):.3f} s of it in the optimizer: "
         f"{times[0]:.3f} s for the first step, median {median(times) * 1e6:.0f} microseconds."
     )
+
+
+def _show_samples(samples: Sequence[str], names: Sequence[str]) -> None:
     if samples:
         new = len(set(samples) - set(names))
         say(f"\n{len(samples)} names it made up, {new} of them not in the list:")
@@ -252,7 +365,8 @@ def _show(
 
 def _report(
     args: argparse.Namespace,
-    num_names: int,
+    settings: Mapping[str, Any],
+    first_step: int,
     records: Sequence[StepRecord],
     samples: Sequence[str],
     seconds: float,
@@ -262,20 +376,21 @@ def _report(
     return {
         "settings": {
             "names": None if args.names is None else str(args.names),
-            "num_names": num_names,
-            "steps": args.steps,
-            "lr": args.lr,
+            "num_names": settings["names"]["count"],
+            "steps": settings["steps"],
+            "lr": settings["lr"],
             "betas": BETAS,
             "eps": EPS,
             "schedule": "cosine",
-            "dtype": args.dtype,
-            "seed": args.seed,
+            "dtype": settings["dtype"],
+            "seed": settings["seed"],
         },
         "versions": {
             "fastadam": fastadam.__version__,
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in ("numba", "numpy", "autograd")},
         },
+        "first_step": first_step,
         "losses": [record.loss for record in records],
         "lrs": [record.lr for record in records],
         "samples": list(samples),

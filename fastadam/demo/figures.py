@@ -25,7 +25,12 @@ BRAILLE = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])
 
 
 def text_curve(
-    values: Sequence[float], *, width: int = 64, height: int = 6, ascii_only: bool = False
+    values: Sequence[float],
+    *,
+    width: int = 64,
+    height: int = 6,
+    ascii_only: bool = False,
+    first: int = 1,
 ) -> str:
     """Draw a curve in characters.
 
@@ -37,12 +42,14 @@ def text_curve(
         Size of the drawing in characters, without the axes.
     ascii_only : bool, default False
         Draw with ``*`` in place of braille dots (2 x 4 per character).
+    first : int, default 1
+        Number of the first value.
 
     Returns
     -------
     str
         `height` lines and two for the horizontal axis, which counts the
-        values from 1; no newline at the end.
+        values from `first`; no newline at the end.
 
     Raises
     ------
@@ -80,7 +87,8 @@ def text_curve(
         for label, line in zip(labels, lines, strict=True)
     ]
     drawn.append(" " * margin + f" {corner}" + dash * width)
-    drawn.append(" " * margin + "  1" + f"{len(values):>{width - 1}}")
+    left, right = str(first), str(first + len(values) - 1)
+    drawn.append(" " * margin + f"  {left}{right.rjust(width - len(left))}")
     return "\n".join(drawn)
 
 
@@ -159,7 +167,7 @@ def save_plot(records: Sequence[StepRecord], path: Path, *, title: str) -> None:
         )[0],
     ]
     axes.set(title=title, xlabel="step", ylabel="cross-entropy (nats per character)")
-    axes.set_xlim(1, max(2, len(steps)))
+    axes.set_xlim(steps[0], max(steps[0] + 1, steps[-1]))
     axes.grid(alpha=0.25)
     rates.set_ylabel("learning rate", color="#d9822b")
     rates.tick_params(axis="y", colors="#d9822b")

@@ -59,9 +59,9 @@ class StepRecord:
         Counted from 0.
     loss : float
         Loss of this step's name in nats, before the update.
-    smoothed_loss : float
-        Exponential average of the losses so far, bias-corrected as Adam's
-        own averages are.
+    average : float
+        Exponential average of the losses so far, from 0: what `train` needs,
+        beside parameters and optimizer, to go on after this step.
     lr : float
         Learning rate of the update.
     optimizer_seconds : float
@@ -70,9 +70,14 @@ class StepRecord:
 
     step: int
     loss: float
-    smoothed_loss: float
+    average: float
     lr: float
     optimizer_seconds: float
+
+    @property
+    def smoothed_loss(self) -> float:
+        """The average, bias-corrected as Adam's own averages are."""
+        return self.average / (1 - SMOOTHING ** (self.step + 1))
 
 
 def train(
@@ -82,6 +87,8 @@ def train(
     *,
     num_steps: int,
     rng: np.random.Generator,
+    first_step: int = 0,
+    average: float = 0.0,
 ) -> Iterator[StepRecord]:
     """Train on one name per step, in shuffled order, cycling.
 
@@ -94,9 +101,14 @@ def train(
     optimizer : Optimizer
         Made for the same `params`, with its schedule.
     num_steps : int
-        How many steps to take.
+        Steps of the whole run.
     rng : numpy.random.Generator
         Shuffles the names, once.
+    first_step : int, default 0
+        Steps that the parameters and the optimizer have had in an earlier
+        part of the run, whose `rng` was seeded alike.
+    average : float, default 0.0
+        The `StepRecord.average` of the last of those steps.
 
     Yields
     ------
@@ -126,8 +138,7 @@ def train(
     if not names:
         raise ValueError("names must hold at least one name, got none")
     order = rng.permutation(len(names))
-    average = 0.0
-    for step in range(num_steps):
+    for step in range(first_step, num_steps):
         tokens = encode(names[order[step % len(names)]])
         # A learning rate that is far too high overflows; that is told once, below.
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
@@ -138,5 +149,4 @@ def train(
             result = optimizer.step(grads)
             seconds = time.perf_counter() - start
         average = SMOOTHING * average + (1 - SMOOTHING) * loss
-        smoothed = average / (1 - SMOOTHING ** (step + 1))
-        yield StepRecord(step, loss, smoothed, float(result.lr), seconds)
+        yield StepRecord(step, loss, average, float(result.lr), seconds)
