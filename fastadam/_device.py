@@ -14,6 +14,7 @@ import numpy as np
 from numba import config
 
 from ._formula import bind
+from ._threads import undisturbed
 
 EXTRAS = "pip install 'fastadam[cuda13]', or 'fastadam[cuda12]' for a driver of CUDA 12"
 if importlib.util.find_spec("numba_cuda") is None:
@@ -64,7 +65,8 @@ class Kernel:
         """The kernel for the device in use."""
         if SIMULATED:
             return cuda.jit(_simulator.quiet(self.function))
-        return cuda.jit(self.signature, launch_bounds=self.bounds)(self.function)
+        with undisturbed():
+            return cuda.jit(self.signature, launch_bounds=self.bounds)(self.function)
 
     def prepare(self) -> None:
         """Compile it now."""

@@ -11,6 +11,7 @@ from numba.extending import intrinsic
 
 from ._cache import KernelCache
 from ._formula import bind
+from ._threads import undisturbed
 
 # Division by zero gives inf, as in NumPy: Python's check for it keeps the loop
 # scalar. No fastmath: it would let the compiler choose what is rounded.
@@ -40,12 +41,20 @@ def kernel(function: Callable[..., Any], *, parallel: bool = False, **constants:
     """
     if config.DISABLE_JIT:
         return _refuse
-    if parallel:
-        get_num_threads()  # launches them, without which `thread_count` has nothing to call
-    bound = bind(function, **constants)
-    dispatcher = njit(parallel=parallel, nogil=parallel, **FLAGS)(bound)
-    with contextlib.suppress(RuntimeError, OSError):  # no folder: each process compiles
-        dispatcher._cache = KernelCache(bound, variant=f"parallel={parallel} {constants}")
+    with undisturbed():
+        if parallel:
+            get_num_threads()  # launches them, without which `thread_count` has nothing to call
+        bound = bind(function, **constants)
+        dispatcher = njit(parallel=parallel, nogil=parallel, **FLAGS)(bound)
+        with contextlib.suppress(RuntimeError, OSError):  # no folder: each process compiles
+            dispatcher._cache = KernelCache(bound, variant=f"parallel={parallel} {constants}")
+    compile_for = dispatcher._compile_for_args
+
+    def compile_undisturbed(*arguments: Any) -> Any:
+        with undisturbed():
+            return compile_for(*arguments)
+
+    dispatcher._compile_for_args = compile_undisturbed  # which a call of other types makes
     return dispatcher
 
 

@@ -94,8 +94,8 @@ class LoadedState:
     # Of each group, and of the optimizer by the names of its attributes.
     options: list[dict[str, Any]]
     settings: dict[str, Any] = field(default_factory=dict)
-    # What else to call, as function and arguments.
-    calls: Iterable[tuple[Any, ...]] = ()
+    # Returns what else to call, as function and arguments.
+    calls: Callable[[], Iterable[tuple[Any, ...]]] = tuple
 
 
 def export_state(

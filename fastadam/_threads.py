@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 import threading
 import weakref
@@ -11,18 +12,14 @@ from itertools import repeat, starmap
 from operator import call
 from typing import Any
 
-from numba import threading_layer
-from numba.core.compiler_lock import global_compiler_lock
-
 # Held by who runs kernels in several threads, or writes arrays in more than one go. One at a
 # time: each takes all processors anyway, Numba's workqueue aborts the process where two come at
 # once, and no fork then copies arrays that are half written. Its owner may take it again, as the
 # handler of a signal does.
 alone = threading.RLock()
 
-
 _after_fork: set[weakref.WeakMethod[Callable[[], None]]] = set()
-_held: list[Any] = []
+_held: list[Iterator[None]] = []
 _openmp_is_lost = False
 
 
@@ -55,28 +52,84 @@ def emptying(values: list[Any]) -> Iterator[Any]:
     return map(list.pop, repeat(values))
 
 
-def _before_fork() -> None:
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Put the handlers of signals off until the end of this.
+
+    For what an exception in the midst of it would break for good, as it does
+    Numba's compiler.
+    """
+    put_off: dict[int, Callable[..., Any]] = {}
+    came: list[tuple[Any, ...]] = []
+
+    def restore() -> None:
+        for number, handler in put_off.items():
+            signal.signal(number, handler)
+
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in signal.valid_signals():
+                handler = signal.getsignal(number)
+                if callable(handler):
+                    put_off[number] = handler
+                    signal.signal(number, lambda *arguments: came.append(arguments))
+        yield
+    finally:
+        with contextlib.ExitStack() as stack:  # each has its turn, though another raises
+            for arguments in reversed(came):
+                stack.callback(put_off[arguments[0]], *arguments)
+            try:
+                restore()
+            except BaseException:  # from the first handlers that are back
+                restore()
+                raise
+
+
+def _numbas_locks() -> list[Any]:
+    """Return the locks of Numba and of LLVM, if they have been imported.
+
+    What is inside of theirs: those take steps in Python, which a signal may end.
+    """
+    compiler, ffi = (
+        sys.modules.get(name) for name in ("numba.core.compiler_lock", "llvmlite.binding.ffi")
+    )
+    if compiler is None or ffi is None:
+        return []
+    locks = [compiler.global_compiler_lock, getattr(ffi.lib, "_lock", contextlib.nullcontext())]
+    return [getattr(lock, "_lock", lock) for lock in locks]
+
+
+def _standstill() -> Iterator[None]:
     # In the order in which a first step takes them, since it compiles with the first one held.
-    for lock in (alone, global_compiler_lock):
-        lock.acquire()
-        _held.append(lock)
+    # LLVM's also where a compiled function is forgotten, in whatever thread that is.
+    with contextlib.ExitStack() as stack, alone:
+        for lock in _numbas_locks():
+            stack.enter_context(lock)
+        yield
 
 
-def _release() -> None:
-    while _held:
-        _held.pop().release()
+def _before_fork() -> None:
+    holding = False
+    while not holding:
+        # A signal's, of which Python would say that it is ignored, and then fork.
+        with contextlib.suppress(BaseException):
+            _held.append(_standstill())
+            next(_held[-1])
+            holding = True
 
 
 def _in_child() -> None:
     global _openmp_is_lost
-    with contextlib.suppress(ValueError):  # no threads have been started
-        _openmp_is_lost |= sys.platform == "linux" and threading_layer() == "omp"
+    numba = sys.modules.get("numba")
+    if numba is not None and sys.platform == "linux":
+        with contextlib.suppress(ValueError):  # no threads have been started
+            _openmp_is_lost |= numba.threading_layer() == "omp"
     for reference in list(_after_fork):
         method = reference()
         if method is not None:
             method()
-    _release()
+    _held.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_release, after_in_child=_in_child)
+    os.register_at_fork(before=_before_fork, after_in_parent=_held.clear, after_in_child=_in_child)

@@ -514,24 +514,25 @@ class Adam:
     def _take_over(self, loaded: LoadedState) -> None:
         """Write all of a state that fits, or nothing, whatever signals arrive."""
         groups = self._groups
+        arrays = groups.backend.writing(loaded.targets, loaded.sources)
 
         def writes() -> Iterable[tuple[Any, ...]]:
             return chain(
-                groups.backend.writing(loaded.targets, loaded.sources),
+                arrays,
                 self._plan.counting(loaded.steps, loaded.step_count),
                 [
                     (dict.update, *pair)
                     for pair in zip(groups.options, loaded.options, strict=False)
                 ],
                 [(dict.update, vars(self), loaded.settings)],
-                loaded.calls,
+                loaded.calls(),
             )
 
         for options in groups.options:
             options.touched = True
         try:
             in_one_go(writes())
-        except BaseException:  # a signal, where writing takes Python, as on a device
+        except BaseException:  # a signal, before it, or where writing takes Python: what is left
             in_one_go(writes())
             raise
 

@@ -283,7 +283,7 @@ def load(
                 steps[place] = checkpoint.steps[names[state.key]]
         loaded = LoadedState(targets, sources, steps, checkpoint.step_count, options, settings)
         if isinstance(opt, ObjectAdam) and params:
-            loaded.calls = opt._value_writes()
+            loaded.calls = opt._value_writes
         adam._take_over(loaded)
     return checkpoint
 

@@ -1,0 +1,99 @@
+"""Threads, forks and signals under each of Numba's threading layers."""
+
+import contextlib
+import functools
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import layer_run
+import pytest
+
+# Seconds: of a cell, and of compiling what all of them need.
+LIMIT, COMPILE_LIMIT = 60, 400
+LAYERS = {"omp": "omppool", "workqueue": "workqueue", "tbb": "tbbpool"}
+NEEDS = {"fork": "fork", "fork-busy": "fork", "mp-fork": "fork", "mp-forkserver": "fork"}
+NEEDS["signal"] = "setitimer"
+
+
+def environment(layer):
+    """Return what a process needs to use a layer."""
+    # 2 threads do all that several do, on any machine. Those of OpenMP, if they have to wait,
+    # are to leave the processors to the other processes here.
+    env = {**os.environ, "NUMBA_THREADING_LAYER": layer, "NUMBA_NUM_THREADS": "2"}
+    env["OMP_WAIT_POLICY"] = "passive"
+    if layer == "tbb":  # where PyPI's tbb puts its library, the loader does not look
+        folders = [str(Path(sys.prefix, "lib")), os.environ.get("LD_LIBRARY_PATH")]
+        env["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, folders))
+    return env
+
+
+@functools.cache
+def why_missing(layer):
+    """Return why a layer cannot be imported, or nothing."""
+    code = "from numba.np.ufunc import parallel;"
+    code += "parallel._check_tbb_version_compatible();" if layer == "tbb" else ""
+    code += f"import numba.np.ufunc.{LAYERS[layer]}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(layer), capture_output=True, text=True
+    )
+    return done.stderr.strip().splitlines()[-1] if done.returncode else ""
+
+
+def run(cell, layer, folder, limit):
+    """Run a cell; return how it ended, and what it and its children had to say."""
+    script, output = str(Path(layer_run.__file__)), folder / "output.txt"
+    # A file, since a child that hangs would keep a pipe open.
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-W", "error", script, cell],
+            env=environment(layer),
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            code = f"not within {limit} s"
+            end_all(process, "SIGABRT")  # faulthandler then shows where each thread is
+        finally:
+            end_all(process, "SIGKILL")
+    return code, output.read_text(errors="replace")
+
+
+def end_all(process, name):
+    """Send a signal to a process and its children."""
+    if not hasattr(os, "killpg"):
+        process.kill()
+        return
+    try:
+        os.killpg(process.pid, getattr(signal, name))
+    except ProcessLookupError:
+        return
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(5)
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+    """Compile once: the machine code is the same under every layer."""
+    code, output = run("warm", "workqueue", tmp_path_factory.mktemp("warm"), COMPILE_LIMIT)
+    assert (code, output) == (0, "ok\n"), output
+
+
+@pytest.mark.usefixtures("warm")
+@pytest.mark.parametrize("cell", [cell for cell in layer_run.CELLS if cell != "warm"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_cell(layer, cell, tmp_path):
+    if cell in NEEDS and not hasattr({"setitimer": signal}.get(NEEDS[cell], os), NEEDS[cell]):
+        pytest.skip(f"no {NEEDS[cell]} on this system")
+    if why_missing(layer):
+        pytest.skip(f"could not import the threading layer {layer}: {why_missing(layer)}")
+    code, output = run(cell, layer, tmp_path, LIMIT)
+    assert code == 0, f"{code}\n{output}"
+    assert output.endswith("ok\n"), output
