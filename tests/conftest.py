@@ -14,7 +14,17 @@ else:
     settings.load_profile("fastadam")
 
 REQUIRE = os.environ.get("FASTADAM_TEST_REQUIRE") == "1"
+# All that takes long, and as many random draws as were promised: as in CI.
+FULL = os.environ.get("FASTADAM_TEST_FULL") == "1"
 missing = []
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what is marked ``full``, unless that is asked for."""
+    if not FULL:
+        left_out = [item for item in items if item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
 
 
 @pytest.fixture

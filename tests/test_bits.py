@@ -75,7 +75,9 @@ def supports(cpu):
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86-64 only")
-@pytest.mark.parametrize("cpu", CPUS)
+@pytest.mark.parametrize(
+    "cpu", [pytest.param(c, marks=() if c == "plain" else pytest.mark.full) for c in CPUS]
+)
 def test_instruction_sets(cpu, tmp_path):
     if not Path("/proc/cpuinfo").exists() or not supports(cpu):
         pytest.skip(f"no {cpu} on this processor")

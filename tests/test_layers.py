@@ -14,6 +14,7 @@ import pytest
 # Seconds: of a cell, and of compiling what all of them need.
 LIMIT, COMPILE_LIMIT = 60, 400
 LAYERS = {"omp": "omppool", "workqueue": "workqueue", "tbb": "tbbpool"}
+SAMPLE = {"omp": ("fork", "signal"), "workqueue": ("threads", "mp-fork"), "tbb": ("fork-busy",)}
 NEEDS = {"fork": "fork", "fork-busy": "fork", "mp-fork": "fork", "mp-forkserver": "fork"}
 NEEDS["signal"] = "setitimer"
 
@@ -86,9 +87,17 @@ def warm(tmp_path_factory):
     assert (code, output) == (0, "ok\n"), output
 
 
+def cells():
+    """Every cell under every layer; those not in the sample take too long for every day."""
+    for layer in LAYERS:
+        for cell in layer_run.CELLS:
+            if cell != "warm":
+                marks = () if cell in SAMPLE[layer] else pytest.mark.full
+                yield pytest.param(layer, cell, marks=marks, id=f"{layer}-{cell}")
+
+
 @pytest.mark.usefixtures("warm")
-@pytest.mark.parametrize("cell", [cell for cell in layer_run.CELLS if cell != "warm"])
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(("layer", "cell"), list(cells()))
 def test_cell(layer, cell, tmp_path):
     if cell in NEEDS and not hasattr({"setitimer": signal}.get(NEEDS[cell], os), NEEDS[cell]):
         pytest.skip(f"no {NEEDS[cell]} on this system")
