@@ -62,21 +62,35 @@ def numbered(path: Path, number: int) -> Path:
 
 def _rotate(path: Path, keep: int, work: Path) -> None:
     """Keep the present file at another path as well; at every moment it is at its own."""
+    if keep == 1 or not _exists(path):
+        return
     first = numbered(path, 1)
-    if keep == 1 or not path.exists() or (first.exists() and first.samefile(path)):
-        return  # the last: killed at this point
-    free = 1  # of the places for older files, or the last
-    while free < keep - 1 and numbered(path, free).exists():
-        free += 1
-    for number in range(free, 1, -1):
-        numbered(path, number - 1).replace(numbered(path, number))
+    # Where another process saves to this path too, it may have moved any of these.
+    with contextlib.suppress(FileNotFoundError):
+        if first.samefile(path):
+            return  # the last: killed at this point
+    copy = work / "copy"  # first, as there may be no space for it
     try:
-        os.link(path, first)
+        os.link(path, copy)
     except OSError:  # this file system has no links
-        copy = work / "copy"
         shutil.copy2(path, copy)
         _flush(copy)
-        copy.replace(first)
+    free = 1  # of the places for older files, or the last
+    while free < keep - 1 and _exists(numbered(path, free)):
+        free += 1
+    for number in range(free, 1, -1):
+        with contextlib.suppress(FileNotFoundError):
+            numbered(path, number - 1).replace(numbered(path, number))
+    copy.replace(first)
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is anything; some versions of `Path.exists` take any error for a no."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -105,10 +119,13 @@ def _sweep(parent: Path) -> None:
 @contextlib.contextmanager
 def _locked(folder: Path, *, wait: bool) -> Iterator[bool]:
     """Lock a folder, which the system undoes at a process's end; tell whether it could be."""
-    if fcntl is None:
+    try:
+        descriptor = -1 if fcntl is None else os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except (FileNotFoundError, NotADirectoryError):  # another has removed it
+        descriptor = -1
+    if descriptor < 0:
         yield False
         return
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
         locked = True
         try:

@@ -1,7 +1,6 @@
 """The file of a checkpoint: tensors, what is said of them, checksums of both."""
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -9,7 +8,6 @@ import re
 import stat
 import zlib
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -61,14 +59,15 @@ def write(path: Path, tensors: Mapping[str, npt.NDArray[Any]], description: Any)
     ------
     OSError
         If the system refuses.
+    ValueError
+        If all that is not tensors takes more than the 100 MB that the format allows.
     """
     safetensors = need_safetensors()
     arrays = {
         name: np.require(array, array.dtype.newbyteorder("<"), "C")
         for name, array in tensors.items()
     }
-    with ThreadPoolExecutor() as pool:
-        checksums = dict(zip(arrays, pool.map(_checksum, arrays.values()), strict=True))
+    checksums = dict(zip(arrays, _checksums([*arrays.values()]), strict=True))
     text = json.dumps({**description, "crc32": checksums}, allow_nan=False, separators=(",", ":"))
     layout = {name: (_CODES[array.dtype], list(array.shape)) for name, array in arrays.items()}
     metadata = {_FORMAT: str(FORMAT), _DESCRIPTION: text}
@@ -87,7 +86,9 @@ def write(path: Path, tensors: Mapping[str, npt.NDArray[Any]], description: Any)
         )
     except safetensors.SafetensorError as error:
         found = re.search(r"os error (\d+)", str(error))
-        number = int(found[1]) if found else errno.EIO
+        if found is None:
+            raise ValueError(f"names and extra must fit a safetensors header: {error}") from error
+        number = int(found[1])
         raise OSError(number, os.strerror(number), str(path)) from error
 
 
@@ -161,7 +162,7 @@ def opened(path: Path) -> Iterator[Reader]:
     path.open("rb").close()  # raises what is true, where safetensors says that there is none
     with contextlib.ExitStack() as stack:
         with blaming(path):
-            # Read, not mapped: were it cut short meanwhile, a mapping would end the process.
+            # Tensors are read, not mapped: a mapping of what is cut short ends the process.
             handle = safetensors.safe_open(path, framework="np", backend="pread")
             reader = Reader(path, stack.enter_context(handle))
         yield reader
@@ -189,6 +190,16 @@ def blaming(path: Path) -> Iterator[None]:
 
 def _checksum(array: npt.NDArray[Any]) -> int:
     return zlib.crc32(array.reshape(-1).view(np.uint8).data)
+
+
+def _checksums(arrays: list[npt.NDArray[Any]]) -> list[int]:
+    try:
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(_checksum, arrays))
+    except RuntimeError:  # as Python exits, which starts no more threads
+        return list(map(_checksum, arrays))
 
 
 def _digest(metadata: Mapping[str, str], layout: Mapping[str, Any]) -> str:

@@ -114,7 +114,8 @@ def save(
         How many files to have, > 0: this one at ``path``, and those before it at
         ``name.1.suffix``, ``name.2.suffix`` and so on, from new to old.
     extra : mapping, optional
-        Whatever else a run needs to go on, made of what JSON has: `load` returns it.
+        Whatever else a run needs to go on, made of what JSON has: `load` returns
+        it, tuples as lists, and keys as text.
 
     Raises
     ------
@@ -244,7 +245,8 @@ def load(
                 checkpoint = _parse(reader)
             own = {key: _renamed(key, rename) for key in checkpoint.steps}
             groups = adam._groups
-            states = [s for s in groups.states if not partial or s.key in own.values()]
+            present = set(own.values())
+            states = [s for s in groups.states if not partial or s.key in present]
             with _checkpoint_file.blaming(path):
                 found = _state(checkpoint, own, params)
             if partial:
