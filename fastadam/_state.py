@@ -171,6 +171,9 @@ def import_options(
     """Check the hyperparameters of groups, as `_options.check_options`; return them."""
     options = []
     for k, (group, members) in enumerate(zip(found, by_group(states, len(found)), strict=True)):
+        for name in _options.NAMES:
+            if name not in group:
+                raise ValueError(f"{label}[{k}] must have {name!r}")
         options.append(_options.check_options(group, f"{label}[{k}]."))
         for dtype in {s.param.dtype for s in members}:
             _options.check_fits(options[-1], dtype, f"{label}[{k}].")
@@ -232,6 +235,8 @@ def _mismatches(state: ParamState, found: Any, param: bool) -> list[str]:
             f"{place}['step'] must be an integer >= 0 and under 2**62, not {found['step']!r}"
         )
     for name, own in wanted.items():
+        if isinstance(own, np.ndarray) and not own.flags.writeable:
+            wrong.append(f"{place}[{name!r}] of the optimizer's own is read-only")
         if name in found:
             try:
                 array = seen(found[name])

@@ -112,10 +112,11 @@ def save(
         Whether to write the parameters too.
     keep : int
         How many files to have, > 0: this one at ``path``, and those before it at
-        ``name.1.suffix``, ``name.2.suffix`` and so on, from new to old.
+        ``name.1.suffix``, ``name.2.suffix`` and so on, from new to old. Files with
+        higher numbers are left alone.
     extra : mapping, optional
         Whatever else a run needs to go on, made of what JSON has: `load` returns
-        it, tuples as lists, and keys as text.
+        it, tuples as lists. Keys are str.
 
     Raises
     ------
@@ -149,14 +150,22 @@ def save(
     params = _options.flag(params, "params")
     if extra is not None and not isinstance(extra, Mapping):
         raise TypeError(f"extra must be a mapping, got {type(extra).__qualname__}")
+    _check_keys(extra)
     with _turn(opt) as adam:
         if isinstance(opt, ObjectAdam):
+            opt._check_arrays()
             opt._read_values()
         states = adam._groups.states
         names = [str(state.key) for state in states]
         if len(set(names)) != len(names):
             raise ValueError("names must differ from the places of parameters without a name")
         "".join(names).encode()  # raises what safetensors would, later
+        for state in states:
+            if state.param.shape != state.exp_avg.shape:
+                raise ValueError(
+                    f"{state.label} must keep the shape that it had, {state.exp_avg.shape}, got"
+                    f" {state.param.shape}"
+                )
         tensors = {
             f"{kind}/{name}": as_host(array)
             for name, state in zip(names, states, strict=True)
@@ -240,6 +249,8 @@ def load(
         raise TypeError(f"rename must be a mapping or callable, got {rename!r:.60}")
     path = Path(path)
     with _turn(opt) as adam:
+        if isinstance(opt, ObjectAdam):
+            opt._check_arrays()
         with _checkpoint_file.opened(path) as reader:
             with _checkpoint_file.blaming(path):
                 checkpoint = _parse(reader)
@@ -334,6 +345,19 @@ def inspect(path: str | os.PathLike[str], *, verify: bool = True) -> Checkpoint:
     return checkpoint
 
 
+def _check_keys(extra: Any) -> None:
+    """Refuse keys that JSON has not, and would make text of."""
+    if isinstance(extra, Mapping):
+        for key in extra:
+            if not isinstance(key, str):
+                raise TypeError(f"extra must have keys of str, got {key!r:.60}")
+        extra = extra.values()
+    elif not isinstance(extra, list | tuple):
+        return
+    for value in extra:
+        _check_keys(value)
+
+
 @contextlib.contextmanager
 def _turn(opt: Any) -> Iterator[Adam]:
     """Keep others from stepping an optimizer; give the `Adam` that it is, or has underneath."""
@@ -362,11 +386,13 @@ def _describe(opt: Adam) -> dict[str, Any]:
         "steps": opt._plan.steps.tolist(),
         "groups": [
             {
-                **{name: options[name] for name in _options.NAMES},
+                **options,
                 "params": [state.key for state in members],
             }
             for options, members in zip(
-                groups.options, by_group(groups.states, len(groups.options)), strict=True
+                import_options(groups.options, groups.states, "param_groups"),
+                by_group(groups.states, len(groups.options)),
+                strict=True,
             )
         ],
         "amsgrad": opt.amsgrad,

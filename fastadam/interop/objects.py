@@ -172,6 +172,18 @@ class ObjectAdam:
                 _check_real(value, f"params[{k}].data", "a real number or a numpy.ndarray")
         self._values[:] = scalars
 
+    def _check_arrays(self) -> None:
+        for k, thing in enumerate(self._objects):
+            if k not in self._views:
+                self._check_array(k, thing)
+
+    def _check_array(self, k: int, thing: Any) -> None:
+        if thing.data is not self._arrays[k]:
+            raise ValueError(
+                f"params[{k}].data must stay the array it was when the optimizer was made,"
+                f" updated in place, got another one"
+            )
+
     def _read_grad(self, k: int, thing: Any) -> npt.NDArray[Any] | None:
         grad = thing.grad
         if grad is None:
@@ -182,11 +194,7 @@ class ObjectAdam:
                 _check_real(grad, f"params[{k}].grad", "a real number or None")
             view[()] = grad
             return view
-        if thing.data is not self._arrays[k]:
-            raise ValueError(
-                f"params[{k}].data must stay the array it was when the optimizer was made,"
-                f" updated in place, got another one"
-            )
+        self._check_array(k, thing)
         if isinstance(grad, np.ndarray):
             return grad
         # A gradient reset to the number 0, and nothing added to it since.
