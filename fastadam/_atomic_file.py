@@ -41,9 +41,11 @@ def replace(path: Path, write: Callable[[Path], None], keep: int) -> None:
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
-        raise FileExistsError(errno.EEXIST, "there is something that is no file", str(path))
+        raise FileExistsError(errno.EEXIST, "there is a folder, or what is no file", str(path))
+    if not path.parent.exists():
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(path.parent))
     _sweep(path.parent)
-    with _work_folder(path.parent) as work:
+    with _speaking_of(path), _work_folder(path.parent) as work:
         sample = work / "sample"
         sample.touch()  # for the access rights that the user's files have
         new = work / "new"
@@ -53,6 +55,17 @@ def replace(path: Path, write: Callable[[Path], None], keep: int) -> None:
         _rotate(path, keep, work)
         new.replace(path)
         _flush_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _speaking_of(path: Path) -> Iterator[None]:
+    """Have errors name the file that was asked for, not one that nobody knows."""
+    try:
+        yield
+    except OSError as error:
+        if _SUFFIX in str(error.filename):
+            error.filename, error.filename2 = str(path), None
+        raise
 
 
 def numbered(path: Path, number: int) -> Path:

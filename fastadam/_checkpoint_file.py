@@ -68,7 +68,7 @@ def write(path: Path, tensors: Mapping[str, npt.NDArray[Any]], description: Any)
         for name, array in tensors.items()
     }
     checksums = dict(zip(arrays, _checksums([*arrays.values()]), strict=True))
-    text = json.dumps({**description, "crc32": checksums}, allow_nan=False, separators=(",", ":"))
+    text = json.dumps({**description, "crc32": checksums}, separators=(",", ":"))
     layout = {name: (_CODES[array.dtype], list(array.shape)) for name, array in arrays.items()}
     metadata = {_FORMAT: str(FORMAT), _DESCRIPTION: text}
     specs = {
@@ -119,7 +119,7 @@ class Reader:
                 raise CheckpointError(
                     f"{path} is of format {number:.9}, and this fastadam reads up to {FORMAT}"
                 )
-            raise CheckpointError(f"{path} is damaged: its header has another checksum")
+            raise CheckpointError(f"{path} is damaged: the checksum of its header does not match")
         if rest[_FORMAT] != str(FORMAT):
             raise CheckpointError(
                 f"{path} must be of a format up to {FORMAT}, got {rest[_FORMAT]!r:.60}"
@@ -141,7 +141,9 @@ class Reader:
         with blaming(self._path):
             array: npt.NDArray[Any] = self._file.get_tensor(name)
         if _checksum(array) != self._checksums[name]:
-            raise CheckpointError(f"{self._path} is damaged: {name!r} has another checksum")
+            raise CheckpointError(
+                f"{self._path} is damaged: the checksum of {name!r} does not match"
+            )
         return array
 
 

@@ -146,7 +146,7 @@ def import_state(
             )
     found, found_groups = state_dict["state"], state_dict["param_groups"]
     step_count = state_dict.get("step_count")
-    wrong = state_mismatches(found, states) + group_mismatches(found_groups, states, len(groups))
+    wrong = _state_mismatches(found, states) + group_mismatches(found_groups, states, len(groups))
     if not is_count(step_count):
         wrong.append(f"step_count must be an integer >= 0 and under 2**62, not {step_count!r}")
     if wrong:
@@ -180,10 +180,7 @@ def import_options(
     return options
 
 
-def state_mismatches(
-    found: Mapping[Any, Any], states: Sequence[ParamState], *, param: bool = False
-) -> list[str]:
-    """Say in what the ``"state"`` of a state_dict does not fit; the parameters too, if asked."""
+def _state_mismatches(found: Mapping[Any, Any], states: Sequence[ParamState]) -> list[str]:
     known = {s.key: s for s in states}
     wrong = [f"state has no {key!r}" for key in known if key not in found]
     wrong += [
@@ -191,7 +188,7 @@ def state_mismatches(
     ]
     for key, own in known.items():
         if key in found:
-            wrong += _mismatches(own, found[key], param)
+            wrong += _mismatches(own, found[key])
     return wrong
 
 
@@ -219,11 +216,11 @@ def _group_mismatches(k: int, group: Any, states: Sequence[ParamState]) -> list[
     return []
 
 
-def _mismatches(state: ParamState, found: Any, param: bool) -> list[str]:
+def _mismatches(state: ParamState, found: Any) -> list[str]:
     if not isinstance(found, Mapping):
         return [f"state[{state.key!r}] is no mapping"]
     place = f"state[{state.key!r}]"
-    wanted = state.arrays(param=param)
+    wanted = state.arrays()
     wrong = [f"{place} has no {name!r}" for name in ("step", *wanted) if name not in found]
     wrong += [
         f"{place} has {name!r}, which the optimizer has not"

@@ -18,14 +18,15 @@ from typing import Any
 # handler of a signal does.
 alone = threading.RLock()
 
-_after_fork: set[weakref.WeakMethod[Callable[[], None]]] = set()
+_owners: set[weakref.ref[Any]] = set()
 _held: list[Iterator[None]] = []
 _openmp_is_lost = False
 
 
-def register(method: Callable[[], None]) -> None:
-    """Have a method called in forked children, as long as its object lives."""
-    _after_fork.add(weakref.WeakMethod(method, _after_fork.discard))
+def register(owner: Any) -> None:
+    """Have ``owner._after_fork()`` called in forked children, as long as it lives."""
+    # The set's own method: as Python exits, Python's own weak sets may be gone already.
+    _owners.add(weakref.ref(owner, _owners.discard))
 
 
 def parallel_works() -> bool:
@@ -124,10 +125,10 @@ def _in_child() -> None:
     if numba is not None and sys.platform == "linux":
         with contextlib.suppress(ValueError):  # no threads have been started
             _openmp_is_lost |= numba.threading_layer() == "omp"
-    for reference in list(_after_fork):
-        method = reference()
-        if method is not None:
-            method()
+    for reference in list(_owners):
+        owner = reference()
+        if owner is not None:
+            owner._after_fork()
     _held.clear()
 
 

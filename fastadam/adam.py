@@ -145,7 +145,7 @@ class Adam:
         groups = Groups(params, defaults, amsgrad=amsgrad, ema_decay=ema_decay)
         self._install(groups, np.zeros(len(groups.states), dtype=np.int64), 0)
         self._lock = threading.Lock()
-        register(self._after_fork)
+        register(self)
 
     def _after_fork(self) -> None:
         """Be usable in a forked child: no thread that was in a step is there to end it."""
@@ -551,7 +551,7 @@ class Adam:
         self._groups.rehouse()
         self._install(self._groups, steps, step_count)
         self._lock = threading.Lock()
-        register(self._after_fork)
+        register(self)
 
     def __copy__(self) -> "Adam":
         raise TypeError("copy.copy would share params and state: use copy.deepcopy")
@@ -652,5 +652,7 @@ def take_turn(lock: threading.Lock) -> threading.Lock:
         Rather than wait: it may be the step's own schedule that asks.
     """
     if lock.locked():
-        raise RuntimeError("an optimizer must not be used in the middle of its own step")
+        raise RuntimeError(
+            "an optimizer must not be used in the middle of its own step, save or load"
+        )
     return lock

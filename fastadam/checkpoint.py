@@ -3,36 +3,25 @@
 import contextlib
 import math
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from . import _atomic_file, _checkpoint_file, _options
 from ._backend import as_host
 from ._checkpoint_file import CheckpointError, Reader
+from ._checkpoint_fit import Fit, Key, Rename, checked_key
 from ._schedule_base import Schedule, integer
 from ._schedule_plain import from_plain, to_plain
-from ._state import (
-    KINDS,
-    PARAM,
-    LoadedState,
-    by_group,
-    group_mismatches,
-    import_options,
-    is_count,
-    state_mismatches,
-)
+from ._state import KINDS, LoadedState, by_group, import_options, is_count
 from .adam import Adam, take_turn
 from .interop.objects import ObjectAdam
 
 __all__ = ["Checkpoint", "CheckpointError", "inspect", "load", "save"]
-
-Key: TypeAlias = int | str
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,19 +55,23 @@ class Checkpoint:
         What `save` was given as ``extra``.
     tensors : dict
         The dtype and the shape of each tensor by its name in the file.
+    loaded : tuple
+        Of what `load` returned, the names or places of the optimizer's
+        parameters that it was loaded into.
     """
 
     version: str
     step_count: int
-    steps: dict[Key, int]
-    param_groups: list[dict[str, Any]]
+    steps: dict[Key, int] = field(repr=False)
+    param_groups: list[dict[str, Any]] = field(repr=False)
     schedule: Schedule | str | None
     max_grad_norm: float | None
     nonfinite: str
     ema_decay: float | None
     amsgrad: bool
     extra: dict[str, Any]
-    tensors: dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
+    tensors: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = field(repr=False)
+    loaded: tuple[Key, ...] = field(default=(), compare=False)
 
 
 def save(
@@ -115,8 +108,9 @@ def save(
         ``name.1.suffix``, ``name.2.suffix`` and so on, from new to old. Files with
         higher numbers are left alone.
     extra : mapping, optional
-        Whatever else a run needs to go on, made of what JSON has: `load` returns
-        it, tuples as lists. Keys are str.
+        Whatever else a run needs to go on, made of dict with keys of str, list,
+        str, int, float, bool and None: `load` returns it. Tuples come back as
+        lists, and NumPy's numbers as Python's.
 
     Raises
     ------
@@ -146,11 +140,11 @@ def save(
     (1, 0.1, True)
     """
     _checkpoint_file.need_safetensors()
-    keep = integer("keep", keep, least=1)
+    path, keep = _path(path), integer("keep", keep, least=1)
     params = _options.flag(params, "params")
     if extra is not None and not isinstance(extra, Mapping):
         raise TypeError(f"extra must be a mapping, got {type(extra).__qualname__}")
-    _check_keys(extra)
+    extra = _plain({} if extra is None else extra)
     with _turn(opt) as adam:
         if isinstance(opt, ObjectAdam):
             opt._check_arrays()
@@ -171,9 +165,9 @@ def save(
             for name, state in zip(names, states, strict=True)
             for kind, array in state.arrays(param=params).items()
         }
-        description = {**_describe(adam), "extra": dict(extra or {})}
+        description = {**_describe(adam), "extra": extra}
         _atomic_file.replace(
-            Path(path), lambda new: _checkpoint_file.write(new, tensors, description), keep
+            path, lambda new: _checkpoint_file.write(new, tensors, description), keep
         )
 
 
@@ -182,8 +176,9 @@ def load(
     opt: Adam | ObjectAdam,
     *,
     params: bool = True,
+    state: bool = True,
     hyperparameters: bool = True,
-    rename: Mapping[Any, Any] | Callable[[Any], Any] | None = None,
+    rename: Rename = None,
     partial: bool = False,
 ) -> Checkpoint:
     """Make an optimizer and its parameters what they were at a `save`.
@@ -200,22 +195,31 @@ def load(
         The optimizer, made with the same names, shapes, dtypes and groups, and
         with the same ``amsgrad`` and ``ema_decay``. Modified.
     params : bool
-        Whether to load the parameters too.
+        Whether to load the parameters.
+    state : bool
+        Whether to load moments, averages and counts of steps. Without them,
+        hyperparameters are not loaded either.
     hyperparameters : bool
         Whether to load the groups' hyperparameters, ``schedule``,
-        ``max_grad_norm`` and ``nonfinite`` too, or leave the optimizer's own.
-        A schedule that the file could not hold must be the optimizer's own.
+        ``max_grad_norm`` and ``nonfinite``, or leave the optimizer's own, whose
+        groups may then differ. A schedule that the file could not hold must be
+        the optimizer's own.
     rename : mapping or callable, optional
         From a parameter's name in the file, or place (int) where it has none, to
-        that in the optimizer; what a mapping does not have keeps its name.
+        that in the optimizer, or to None for one that is to be left out; what a
+        mapping does not have keeps its name.
     partial : bool
-        Load only the parameters that are in both, and no hyperparameters; the
-        others keep their state, and groups may differ.
+        Load only the parameters that are in both, and neither hyperparameters
+        nor ``step_count``, so that the optimizer's own schedule begins where it
+        is; the others keep their state. Averages that the optimizer does not
+        keep are left out, those that the file does not have begin as the
+        parameters loaded.
 
     Returns
     -------
     Checkpoint
-        What the file says, ``extra`` included.
+        What the file says, ``extra`` included, and in ``loaded`` which of the
+        optimizer's parameters it was loaded into.
 
     Raises
     ------
@@ -243,62 +247,43 @@ def load(
     >>> fastadam.load(path, new, rename={"w": "weight"}).step_count
     1
     """
-    params, partial = _options.flag(params, "params"), _options.flag(partial, "partial")
-    hyperparameters = _options.flag(hyperparameters, "hyperparameters") and not partial
+    params, state = _options.flag(params, "params"), _options.flag(state, "state")
+    partial = _options.flag(partial, "partial")
+    hyperparameters = _options.flag(hyperparameters, "hyperparameters") and state and not partial
     if rename is not None and not (isinstance(rename, Mapping) or callable(rename)):
         raise TypeError(f"rename must be a mapping or callable, got {rename!r:.60}")
-    path = Path(path)
+    path = _path(path)
     with _turn(opt) as adam:
         if isinstance(opt, ObjectAdam):
             opt._check_arrays()
         with _checkpoint_file.opened(path) as reader:
             with _checkpoint_file.blaming(path):
                 checkpoint = _parse(reader)
-            own = {key: _renamed(key, rename) for key in checkpoint.steps}
-            groups = adam._groups
-            present = set(own.values())
-            states = [s for s in groups.states if not partial or s.key in present]
-            with _checkpoint_file.blaming(path):
-                found = _state(checkpoint, own, params)
-            if partial:
-                known = {state.key for state in states}
-                found = {key: entry for key, entry in found.items() if key in known}
-
-            wrong = [f"two parameters are {key!r}" for key in _twice(own.values())]
-            wrong += state_mismatches(found, states, param=params)
-            options: list[dict[str, Any]] = []
-            settings: dict[str, Any] = {}
-            if hyperparameters:
-                given = [
-                    {**group, "params": [own[key] for key in group["params"]]}
-                    for group in checkpoint.param_groups
-                ]
-                wrong += group_mismatches(given, states, len(groups.options))
-                settings, more = _settings(checkpoint, adam)
-                wrong += more
-            if not wrong and hyperparameters:
-                try:
-                    options = import_options(given, states, "param_groups")
-                except ValueError as error:  # not in the range of the parameters' dtype
-                    wrong.append(str(error))
-            if wrong:
-                raise CheckpointError(f"{path} must fit the optimizer: {'; '.join(wrong)}")
-
-            names = {key: name for name, key in own.items()}
-            targets, sources = [], []
-            for state in states:
-                for kind, target in state.arrays(param=params).items():
-                    targets.append(target)
-                    sources.append(reader.read(f"{kind}/{names[state.key]}"))
-        steps = adam._plan.steps
-        for place, state in enumerate(groups.states):
-            if state.key in names:
-                steps[place] = checkpoint.steps[names[state.key]]
-        loaded = LoadedState(targets, sources, steps, checkpoint.step_count, options, settings)
+            fit = Fit(
+                checkpoint,
+                adam,
+                rename,
+                params=params,
+                state=state,
+                hyperparameters=hyperparameters,
+                partial=partial,
+            )
+            if fit.wrong:
+                wrong = "; ".join(fit.wrong)
+                raise CheckpointError(f"{path} must fit the optimizer: {wrong}{fit.hint}")
+            sources = [reader.read(name) for _, name in fit.tensors]
+        steps, step_count = adam._plan.steps, adam.step_count
+        if state:
+            for place, own in enumerate(adam._groups.states):
+                if own.key in fit.keys:
+                    steps[place] = checkpoint.steps[fit.keys[own.key]]
+            step_count = step_count if partial else checkpoint.step_count
+        targets = [target for target, _ in fit.tensors]
+        loaded = LoadedState(targets, sources, steps, step_count, fit.options, fit.settings)
         if isinstance(opt, ObjectAdam) and params:
             loaded.calls = opt._value_writes
         adam._take_over(loaded)
-    return checkpoint
+    return replace(checkpoint, loaded=tuple(fit.keys))
 
 
 def inspect(path: str | os.PathLike[str], *, verify: bool = True) -> Checkpoint:
@@ -336,7 +321,7 @@ def inspect(path: str | os.PathLike[str], *, verify: bool = True) -> Checkpoint:
     exp_avg_sq/w float64 (2, 3)
     param/w float64 (2, 3)
     """
-    path = Path(path)
+    path = _path(path)
     with _checkpoint_file.opened(path) as reader:
         with _checkpoint_file.blaming(path):
             checkpoint = _parse(reader)
@@ -345,17 +330,30 @@ def inspect(path: str | os.PathLike[str], *, verify: bool = True) -> Checkpoint:
     return checkpoint
 
 
-def _check_keys(extra: Any) -> None:
-    """Refuse keys that JSON has not, and would make text of."""
-    if isinstance(extra, Mapping):
-        for key in extra:
+def _path(path: Any) -> Path:
+    try:
+        return Path(path)
+    except TypeError:
+        raise TypeError(f"path must be str or os.PathLike, got {path!r:.60}") from None
+
+
+def _plain(value: Any, label: str = "extra") -> Any:
+    """Return what JSON has, of NumPy's numbers too; refuse what it would make text of."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, Mapping):
+        for key in value:
             if not isinstance(key, str):
-                raise TypeError(f"extra must have keys of str, got {key!r:.60}")
-        extra = extra.values()
-    elif not isinstance(extra, list | tuple):
-        return
-    for value in extra:
-        _check_keys(value)
+                raise TypeError(f"{label} must have keys of str, got {key!r:.60}")
+        return {key: _plain(item, f"{label}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{label}[{k}]") for k, item in enumerate(value)]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(
+        f"{label} must be made of dict, list, str, int, float, bool and None, got"
+        f" {type(value).__qualname__}"
+    )
 
 
 @contextlib.contextmanager
@@ -406,13 +404,13 @@ def _describe(opt: Adam) -> dict[str, Any]:
 def _parse(reader: Reader) -> Checkpoint:
     """Return what a file says, each part checked; raise whatever comes up."""
     said = reader.description
-    keys = [_key(key) for key in said["params"]]
+    keys = [checked_key(key) for key in said["params"]]
     steps = dict(zip(keys, map(_count, said["steps"]), strict=True))
     names = {str(key) for key in keys}
     if len(names) != len(keys):
         raise ValueError("two parameters have one name")
     groups = [
-        {**_options.check_options(group), "params": [_key(key) for key in group["params"]]}
+        {**_options.check_options(group), "params": [checked_key(key) for key in group["params"]]}
         for group in said["groups"]
     ]
     if [key for group in groups for key in group["params"]] != keys:
@@ -441,50 +439,7 @@ def _parse(reader: Reader) -> Checkpoint:
     )
 
 
-def _key(key: Any) -> Key:
-    if isinstance(key, bool) or not isinstance(key, int | str):
-        raise TypeError(f"a parameter's name must be str, or int for a place, got {key!r:.60}")
-    return key
-
-
 def _count(value: Any) -> int:
     if not is_count(value):
         raise ValueError(f"a count of steps must be under 2**62, got {value!r:.60}")
     return int(value)
-
-
-def _renamed(key: Key, rename: Mapping[Any, Any] | Callable[[Any], Any] | None) -> Key:
-    if rename is None:
-        return key
-    return _key(rename.get(key, key) if isinstance(rename, Mapping) else rename(key))
-
-
-def _twice(keys: Iterable[Key]) -> list[Key]:
-    return [key for key, count in Counter(keys).items() if count > 1]
-
-
-def _state(checkpoint: Checkpoint, own: Mapping[Key, Key], params: bool) -> dict[Key, Any]:
-    """Return what is as the ``"state"`` of a state_dict, but its arrays have no memory."""
-    state: dict[Key, Any] = {own[key]: {"step": step} for key, step in checkpoint.steps.items()}
-    by_name = {str(key): key for key in checkpoint.steps}
-    for name, (dtype, shape) in checkpoint.tensors.items():
-        kind, _, param = name.partition("/")
-        if kind != PARAM or params:
-            state[own[by_name[param]]][kind] = np.broadcast_to(np.zeros((), dtype), shape)
-    return state
-
-
-def _settings(checkpoint: Checkpoint, opt: Adam) -> tuple[dict[str, Any], list[str]]:
-    """Return what to set of an optimizer's attributes, and what does not fit those that stay."""
-    settings: dict[str, Any] = {
-        "_max_grad_norm": checkpoint.max_grad_norm,
-        "_nonfinite": checkpoint.nonfinite,
-    }
-    wrong = []
-    if not isinstance(checkpoint.schedule, str):
-        settings["_schedule"] = checkpoint.schedule
-    elif opt.schedule is None:
-        wrong.append(f"schedule was {checkpoint.schedule:.60}, which the optimizer must be given")
-    if checkpoint.ema_decay != opt.ema_decay and None not in (checkpoint.ema_decay, opt.ema_decay):
-        wrong.append(f"ema_decay is {checkpoint.ema_decay!r}, not {opt.ema_decay!r}")
-    return settings, wrong

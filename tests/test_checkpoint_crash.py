@@ -408,6 +408,18 @@ def test_folders_that_are_not_there(run, tmp_path):
             call(missing)
 
 
+def test_errors_name_the_file_that_was_asked_for(run, path, monkeypatch):
+    def refuse(place, *_):
+        raise OSError(errno.EDQUOT, "no space for you", str(place))
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    with pytest.raises(OSError, match="no space for you") as caught:
+        run.save(path)
+    assert caught.value.filename == str(path)
+    with pytest.raises(TypeError, match=r"path must be str or os\.PathLike, got None"):
+        fastadam.checkpoint.inspect(None)
+
+
 def test_a_folder_that_is_read_only(run, path):
     if os.geteuid() == 0:
         pytest.skip("root writes everywhere")

@@ -554,7 +554,7 @@ def handmade(original):
     for number in ("-1", "0", "1.0", " 1", "1 ", "01", "", "x", "\u0661", "\u00b2", "1e0", "\x00"):
         for forge in (True, False):
             raw = whole(entries, {**metadata, "fastadam_format": number}, None, data, forge=forge)
-            wanted = "must be of a format up to 1, got" if forge else "header has another checksum"
+            wanted = "must be of a format up to 1, got" if forge else "header does not match"
             yield f"format {number!r} {forge}", raw, wanted
 
     yield "steps too few", changed(steps=said["steps"][:-1]), "or damaged"

@@ -1,6 +1,8 @@
 """What the README says, works as it stands. (The pages of docs/ are tested by Sphinx.)"""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,14 @@ def test_example_runs_when_pasted(number):
         assert all(abs(array).max() < 0.05 for array in names["params"].values())
     else:
         assert max(abs(names["x"].data), abs(names["y"].data)) < 0.05
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_examples_as_scripts(number):
+    """Nothing comes up as Python exits."""
+    code = f"def own(): pass\n{BLOCKS[number]}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(

@@ -276,7 +276,7 @@ BAD_CALLS = st.one_of(
     st.tuples(st.just("load_state_dict_badly"), BROKEN, BAD, SEED),
     st.tuples(
         st.just("save_badly"),
-        st.sampled_from([3, [1], {"x": math.nan}, {"x": np.ones(2)}, {"x": {1j}}]),
+        st.sampled_from([3, [1], {"x": {1}}, {"x": np.ones(2)}, {"x": {1j}}]),
     ),
 )
 
@@ -746,6 +746,8 @@ class Calls(RuleBasedStateMachine):
         fits = model.fits(saved, keys, param=params, groups=hyperparameters)
         if params and not held and saved.params:
             fits = False
+        fits &= model.amsgrad == saved.amsgrad
+        fits &= (model.ema_decay is None) == (saved.ema_decay is None)
         if hyperparameters:
             fits &= not (saved.schedule in CUSTOM and model.schedule == "none")
             fits &= None in (model.ema_decay, saved.ema_decay) or (
@@ -785,12 +787,24 @@ class Calls(RuleBasedStateMachine):
             for ours, theirs in forms:
                 del ours["param"]
                 theirs.pop("param", None)
-        if any(ours != theirs for ours, theirs in forms):
+        for ours, theirs in forms:  # averages that one of them has alone are no matter
+            ours.pop("ema", None)
+            theirs.pop("ema", None)
+        fits = model.amsgrad == saved.amsgrad and (both or not model.params)
+        if not fits or any(ours != theirs for ours, theirs in forms):
             with self.refusing(fastadam.CheckpointError):
                 fastadam.load(path, self.opt, params=params, partial=True)
             return
-        fastadam.load(path, self.opt, params=params, partial=True)
+        assert fastadam.load(path, self.opt, params=params, partial=True).loaded == tuple(both)
+        count = model.step_count
         model.take(saved, {key: key for key in both}, param=params, hyperparameters=False)
+        model.step_count = count
+        for key in both:
+            values = model.params[key].values
+            if model.ema_decay is None:
+                values.pop("ema", None)
+            elif saved.ema_decay is None and params:
+                values["ema"] = values["param"].copy("K")
         self.check()
 
     @precondition(lambda self: self.files)

@@ -86,7 +86,7 @@ class ObjectAdam:
             self._views[k] = self._slopes[place : place + 1].reshape(())
         self._read_values()
         self._after_fork()
-        register(self._after_fork)
+        register(self)
         self.optimizer = Adam(self._arrays, lr, betas, eps, **options)
 
     def _after_fork(self) -> None:
