@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -46,11 +47,12 @@ def replace(path: Path, write: Callable[[Path], None], keep: int) -> None:
         raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(path.parent))
     _sweep(path.parent)
     with _speaking_of(path), _work_folder(path.parent) as work:
-        sample = work / "sample"
-        sample.touch()  # for the access rights that the user's files have
+        sample = path if path.exists() else work / "sample"
+        if sample != path:
+            sample.touch()  # for the access rights that the user's files have
         new = work / "new"
         write(new)
-        new.chmod(sample.stat().st_mode)
+        new.chmod(stat.S_IMODE(sample.stat().st_mode))
         _flush(new)
         _rotate(path, keep, work)
         new.replace(path)
@@ -151,7 +153,7 @@ def _locked(folder: Path, *, wait: bool) -> Iterator[bool]:
 
 
 def _flush(path: Path) -> None:
-    with path.open("rb+") as file:
+    with path.open("rb+" if os.name == "nt" else "rb") as file:
         os.fsync(file.fileno())
 
 

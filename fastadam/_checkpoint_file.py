@@ -7,9 +7,11 @@ import os
 import re
 import stat
 import zlib
+from _thread import start_new_thread
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,8 @@ FORMAT = 1
 _FORMAT, _DESCRIPTION, _DIGEST = "fastadam_format", "fastadam", "fastadam_sha256"
 
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
+# Bytes.
+_WORTH_THREADS = 1 << 22
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
@@ -85,11 +89,8 @@ def write(path: Path, tensors: Mapping[str, npt.NDArray[Any]], description: Any)
             specs, path, metadata={**metadata, _DIGEST: _digest(metadata, layout)}
         )
     except safetensors.SafetensorError as error:
-        found = re.search(r"os error (\d+)", str(error))
-        if found is None:
-            raise ValueError(f"names and extra must fit a safetensors header: {error}") from error
-        number = int(found[1])
-        raise OSError(number, os.strerror(number), str(path)) from error
+        _raise_systems(error, path)
+        raise ValueError(f"names and extra must fit a safetensors header: {error}") from error
 
 
 class Reader:
@@ -173,12 +174,13 @@ def opened(path: Path) -> Iterator[Reader]:
 @contextlib.contextmanager
 def blaming(path: Path) -> Iterator[None]:
     """Raise CheckpointError for whatever goes wrong in making sense of a file."""
+    refusal = need_safetensors().SafetensorError
     try:
         yield
     except (CheckpointError, OSError):
         raise
     except (
-        need_safetensors().SafetensorError,
+        refusal,
         ArithmeticError,
         AttributeError,
         LookupError,
@@ -186,8 +188,17 @@ def blaming(path: Path) -> Iterator[None]:
         TypeError,
         ValueError,
     ) as error:
+        _raise_systems(error, path)
         text = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
         raise CheckpointError(f"{path} is no checkpoint, or damaged: {text}") from error
+
+
+def _raise_systems(error: Exception, path: Path) -> None:
+    """Raise OSError if that is what safetensors tells of."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    if found is not None:
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def _checksum(array: npt.NDArray[Any]) -> int:
@@ -195,13 +206,29 @@ def _checksum(array: npt.NDArray[Any]) -> int:
 
 
 def _checksums(arrays: list[npt.NDArray[Any]]) -> list[int]:
-    try:
-        from concurrent.futures import ThreadPoolExecutor
+    """Return the checksum of each, made in several threads.
 
-        with ThreadPoolExecutor() as pool:
-            return list(pool.map(_checksum, arrays))
-    except RuntimeError:  # as Python exits, which starts no more threads
-        return list(map(_checksum, arrays))
+    Those of `_thread` and the simplest queues: a signal's handler may come and
+    save in the midst of starting any others, whose locks it would then wait for.
+    """
+    left: SimpleQueue[int] = SimpleQueue()
+    made: SimpleQueue[tuple[int, int]] = SimpleQueue()
+    for place in range(len(arrays)):
+        left.put(place)
+
+    def work() -> None:
+        with contextlib.suppress(Empty):
+            while True:
+                place = left.get_nowait()
+                made.put((place, _checksum(arrays[place])))
+
+    if sum(array.nbytes for array in arrays) > _WORTH_THREADS:
+        for _ in range(min(len(arrays), os.cpu_count() or 1) - 1):
+            with contextlib.suppress(RuntimeError):  # as Python exits, which starts no more
+                start_new_thread(work, ())
+    work()
+    checksums = dict(made.get() for _ in arrays)
+    return [checksums[place] for place in range(len(arrays))]
 
 
 def _digest(metadata: Mapping[str, str], layout: Mapping[str, Any]) -> str:

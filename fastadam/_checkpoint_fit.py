@@ -52,6 +52,9 @@ class Fit:
         self.options: list[dict[str, Any]] = []
         self.settings: dict[str, Any] = {}
         self.keys = self._pair(rename)
+        self._has_params = any(name.startswith(f"{PARAM}/") for name in checkpoint.tensors)
+        if params and self.keys and not self._has_params:
+            self.wrong.append("the file has no parameters: load with params=False")
         if state:
             self._check_kinds()
         states = [s for s in opt._groups.states if s.key in self.keys]
@@ -72,7 +75,8 @@ class Fit:
         found = {new: key for key, new in kept.items()}
         own = [state.key for state in self._opt._groups.states]
         missing = [key for key in own if key not in found]
-        unknown = [key for key in found if key not in set(own)]
+        known = set(own)
+        unknown = [key for key in found if key not in known]
         if not self._partial or len(missing) == len(own) > 0:
             self._note(missing, "the file has no {}")
             self._note(unknown, "the file has {}, which the optimizer has not")
@@ -113,10 +117,9 @@ class Fit:
                         f"{dtype.name} {shape} in the file, not {target.dtype.name} {target.shape}"
                     )
                 self.tensors.append((target, name))
-            elif kind == PARAM and not any(n.startswith(f"{PARAM}/") for n in self._file.tensors):
-                text = "the file has no parameters: load with params=False"
-                self.wrong += [] if text in self.wrong else [text]
-            elif kind not in ("max_exp_avg_sq", "ema"):  # those are told already
+            elif kind not in ("max_exp_avg_sq", "ema") and (  # those are told already
+                kind != PARAM or self._has_params
+            ):
                 self.wrong.append(f"the file has no {name!r}")
         for text in dict.fromkeys(different):
             self.wrong.append(f"{state.key!r} is {text}")

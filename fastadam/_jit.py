@@ -11,7 +11,7 @@ from numba.extending import intrinsic
 
 from ._cache import KernelCache
 from ._formula import bind
-from ._threads import undisturbed
+from ._threads import alone, undisturbed
 
 # Division by zero gives inf, as in NumPy: Python's check for it keeps the loop
 # scalar. No fastmath: it would let the compiler choose what is rounded.
@@ -43,7 +43,8 @@ def kernel(function: Callable[..., Any], *, parallel: bool = False, **constants:
         return _refuse
     with undisturbed():
         if parallel:
-            get_num_threads()  # launches them, without which `thread_count` has nothing to call
+            with alone:  # launches them, without which `thread_count` has nothing to call
+                get_num_threads()
         bound = bind(function, **constants)
         dispatcher = njit(parallel=parallel, nogil=parallel, **FLAGS)(bound)
         with contextlib.suppress(RuntimeError, OSError):  # no folder: each process compiles

@@ -1,6 +1,7 @@
 """Threads, forks and signals: what must not come in the middle of what."""
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -18,15 +19,33 @@ from typing import Any
 # handler of a signal does.
 alone = threading.RLock()
 
-_owners: set[weakref.ref[Any]] = set()
-_held: list[Iterator[None]] = []
+
+class _Reference(weakref.ref[Any]):
+    """One of its own, whatever its object compares equal to, and if that has a hash or not."""
+
+    __slots__ = ()
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+
+_owners: set[_Reference] = set()
 _openmp_is_lost = False
+
+
+class _Own(threading.local):
+    """What a thread holds that is about to fork."""
+
+    def __init__(self) -> None:
+        self.held: list[Iterator[None]] = []
+
+
+_own = _Own()
 
 
 def register(owner: Any) -> None:
     """Have ``owner._after_fork()`` called in forked children, as long as it lives."""
     # The set's own method: as Python exits, Python's own weak sets may be gone already.
-    _owners.add(weakref.ref(owner, _owners.discard))
+    _owners.add(_Reference(owner, _owners.discard))
 
 
 def parallel_works() -> bool:
@@ -39,16 +58,20 @@ def parallel_works() -> bool:
 
 
 def in_one_go(calls: Iterable[tuple[Any, ...]]) -> None:
-    """Make calls of C functions, each given as function and arguments.
+    """Make calls, each given as function and arguments.
 
-    Not a line of Python is run in between, and so no signal's handler.
+    Where they are of functions in C, not a line of Python is run in between,
+    and so no signal's handler.
     """
     with alone:
         deque(starmap(call, calls), maxlen=0)
 
 
 def emptying(values: list[Any]) -> Iterator[Any]:
-    """Return an iterator in C, without an end, that takes the values out of a list."""
+    """Return an iterator in C, without an end, that takes the values out of a list.
+
+    In their order; the list, which it reverses at once, is of no more use.
+    """
     values.reverse()
     return map(list.pop, repeat(values))
 
@@ -76,33 +99,43 @@ def undisturbed() -> Iterator[None]:
                     signal.signal(number, lambda *arguments: came.append(arguments))
         yield
     finally:
+        errors: list[BaseException] = []
+        restored = False
+        while not restored:
+            try:
+                restore()
+                restored = True
+            except BaseException as error:  # from the first handlers that are back
+                errors.append(error)
         with contextlib.ExitStack() as stack:  # each has its turn, though another raises
             for arguments in reversed(came):
                 stack.callback(put_off[arguments[0]], *arguments)
-            try:
-                restore()
-            except BaseException:  # from the first handlers that are back
-                restore()
-                raise
+            if errors:
+                raise errors[0]
 
 
 def _numbas_locks() -> list[Any]:
-    """Return the locks of Numba and of LLVM, if they have been imported.
+    """Return the locks of Numba and of LLVM that have been imported, in the order they are taken.
 
     What is inside of theirs: those take steps in Python, which a signal may end.
     """
-    compiler, ffi = (
-        sys.modules.get(name) for name in ("numba.core.compiler_lock", "llvmlite.binding.ffi")
-    )
-    if compiler is None or ffi is None:
-        return []
-    locks = [compiler.global_compiler_lock, getattr(ffi.lib, "_lock", contextlib.nullcontext())]
-    return [getattr(lock, "_lock", lock) for lock in locks]
+    locks = []
+    for module, *names in (
+        ("numba.core.compiler_lock", "global_compiler_lock", "_lock"),
+        ("numba.np.ufunc.parallel", "_backend_init_thread_lock"),
+        # Also where a compiled function is forgotten, in whatever thread that is.
+        ("llvmlite.binding.ffi", "lib", "_lock", "_lock"),
+    ):
+        lock = sys.modules.get(module)
+        for name in names:
+            lock = getattr(lock, name, None)
+        if lock is not None:
+            locks.append(lock)
+    return locks
 
 
 def _standstill() -> Iterator[None]:
-    # In the order in which a first step takes them, since it compiles with the first one held.
-    # LLVM's also where a compiled function is forgotten, in whatever thread that is.
+    # In this order, since a first step compiles with the first one held.
     with contextlib.ExitStack() as stack, alone:
         for lock in _numbas_locks():
             stack.enter_context(lock)
@@ -110,27 +143,39 @@ def _standstill() -> Iterator[None]:
 
 
 def _before_fork() -> None:
-    holding = False
-    while not holding:
-        # A signal's, of which Python would say that it is ignored, and then fork.
+    held = _own.held
+    while not held:
+        # An exception, from a signal's handler, would only be printed, and the fork go on without
+        # the locks: so, once more.
         with contextlib.suppress(BaseException):
-            _held.append(_standstill())
-            next(_held[-1])
-            holding = True
+            standstill = _standstill()
+            next(standstill)
+            held.append(standstill)
+
+
+def _release() -> None:
+    _own.held.clear()
 
 
 def _in_child() -> None:
     global _openmp_is_lost
-    numba = sys.modules.get("numba")
-    if numba is not None and sys.platform == "linux":
-        with contextlib.suppress(ValueError):  # no threads have been started
-            _openmp_is_lost |= numba.threading_layer() == "omp"
-    for reference in list(_owners):
-        owner = reference()
-        if owner is not None:
-            owner._after_fork()
-    _held.clear()
+    try:
+        numba: Any = sys.modules.get("numba")
+        # Without threads it is a ValueError, half imported an AttributeError.
+        with contextlib.suppress(AttributeError, ValueError):
+            _openmp_is_lost |= sys.platform == "linux" and numba.threading_layer() == "omp"
+        for reference in list(_owners):
+            owner = reference()
+            if owner is not None:
+                owner._after_fork()
+    finally:
+        _release()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_held.clear, after_in_child=_in_child)
+    # Python calls what is registered last first. With logging's lock, which it takes before a
+    # fork, nobody must wait for the compiler, who may want to log.
+    _ = logging
+    os.register_at_fork(before=_before_fork, after_in_parent=_release, after_in_child=_in_child)
+    # Again, should a signal's handler raise before the first has begun.
+    os.register_at_fork(after_in_parent=_release, after_in_child=_release)

@@ -1,5 +1,6 @@
 """Adam and AdamW: the facade. Groups, state, ``step()``, ``state_dict()``."""
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
@@ -514,6 +515,7 @@ class Adam:
     def _take_over(self, loaded: LoadedState) -> None:
         """Write all of a state that fits, or nothing, whatever signals arrive."""
         groups = self._groups
+        # On the host an iterator, of which a second go takes what is left.
         arrays = groups.backend.writing(loaded.targets, loaded.sources)
 
         def writes() -> Iterable[tuple[Any, ...]]:
@@ -532,8 +534,10 @@ class Adam:
             options.touched = True
         try:
             in_one_go(writes())
-        except BaseException:  # a signal, before it, or where writing takes Python: what is left
-            in_one_go(writes())
+        except BaseException:  # before it, where writing takes Python, or in a user's property
+            for function, *arguments in writes():
+                with contextlib.suppress(BaseException):
+                    function(*arguments)
             raise
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Checkpoints: an optimizer and its parameters in one safetensors file."""
 
-import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -144,8 +144,12 @@ def save(
     params = _options.flag(params, "params")
     if extra is not None and not isinstance(extra, Mapping):
         raise TypeError(f"extra must be a mapping, got {type(extra).__qualname__}")
-    extra = _plain({} if extra is None else extra)
-    with _turn(opt) as adam:
+    try:
+        extra = _plain({} if extra is None else extra)
+    except RecursionError:
+        raise ValueError("extra must not be nested so deep, nor hold itself") from None
+    adam, outer = _unwrapped(opt)
+    with take_turn(outer), take_turn(adam._lock):
         if isinstance(opt, ObjectAdam):
             opt._check_arrays()
             opt._read_values()
@@ -253,7 +257,8 @@ def load(
     if rename is not None and not (isinstance(rename, Mapping) or callable(rename)):
         raise TypeError(f"rename must be a mapping or callable, got {rename!r:.60}")
     path = _path(path)
-    with _turn(opt) as adam:
+    adam, outer = _unwrapped(opt)
+    with take_turn(outer), take_turn(adam._lock):
         if isinstance(opt, ObjectAdam):
             opt._check_arrays()
         with _checkpoint_file.opened(path) as reader:
@@ -356,17 +361,13 @@ def _plain(value: Any, label: str = "extra") -> Any:
     )
 
 
-@contextlib.contextmanager
-def _turn(opt: Any) -> Iterator[Adam]:
-    """Keep others from stepping an optimizer; give the `Adam` that it is, or has underneath."""
+def _unwrapped(opt: Any) -> tuple[Adam, threading.Lock]:
+    """Return the `Adam` that an optimizer is, or has underneath, and the lock of what is above."""
     if isinstance(opt, ObjectAdam):
-        with take_turn(opt._lock), take_turn(opt.optimizer._lock):
-            yield opt.optimizer
-    elif isinstance(opt, Adam):
-        with take_turn(opt._lock):
-            yield opt
-    else:
-        raise TypeError(f"opt must be an optimizer of fastadam's, got {type(opt).__qualname__}")
+        return opt.optimizer, opt._lock
+    if isinstance(opt, Adam):
+        return opt, threading.Lock()
+    raise TypeError(f"opt must be an optimizer of fastadam's, got {type(opt).__qualname__}")
 
 
 def _describe(opt: Adam) -> dict[str, Any]:

@@ -85,13 +85,20 @@ class ObjectAdam:
             self._arrays[k] = self._values[place : place + 1].reshape(())
             self._views[k] = self._slopes[place : place + 1].reshape(())
         self._read_values()
-        self._after_fork()
+        self._lock = threading.Lock()
+        # Of a step under way: the count of steps, what it was before, what is to be written.
+        self._unwritten: tuple[Any, int, Iterator[Any]] | None = None
         register(self)
         self.optimizer = Adam(self._arrays, lr, betas, eps, **options)
 
     def _after_fork(self) -> None:
         """Be usable in a forked child: no thread that was in a step is there to end it."""
         self._lock = threading.Lock()
+        if self._unwritten is not None:
+            count, before, writes = self._unwritten
+            if count[0] != before:
+                _drain(writes)
+            self._unwritten = None
 
     def step(self, *, grad_scale: float = 1.0) -> StepResult:
         """Read every ``.grad``, update every ``.data``, reset every ``.grad`` to 0.
@@ -130,6 +137,7 @@ class ObjectAdam:
             before = count[0]
             # Ready before the step: no signal's handler runs between it and their being made.
             writes = starmap(call, self._writes(grads))
+            self._unwritten = count, before, writes
             try:
                 result = self.optimizer.step(grads, grad_scale=grad_scale, zero_grad=True)
             finally:
@@ -141,6 +149,7 @@ class ObjectAdam:
                             with contextlib.suppress(BaseException):
                                 call(*write)
                         raise
+                self._unwritten = None
             if result.skipped:
                 _drain(starmap(call, self._resets(grads)))
             return result
@@ -266,11 +275,12 @@ class ObjectAdam:
     def __getstate__(self) -> dict[str, Any]:
         """Keep the objects and the state; the arrays are made anew, as views of their own."""
         optimizer = self.optimizer
-        return {
-            "objects": self._objects,
-            "options": {name: getattr(optimizer, name) for name in _KEPT},
-            "state": optimizer.state_dict(),
-        }
+        with take_turn(self._lock):
+            return {
+                "objects": self._objects,
+                "options": {name: getattr(optimizer, name) for name in _KEPT},
+                "state": optimizer.state_dict(),
+            }
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
         """Bind the copied objects."""

@@ -1,6 +1,7 @@
 """State between `fastadam.Adam` and ``torch.optim.Adam``, ``AdamW``, in both directions."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
@@ -278,7 +279,7 @@ def _members(
     flat = [key for keys in members for key in keys]
     known = set(flat)
     if len(known) != len(flat):
-        twice = sorted({key for key in flat if flat.count(key) > 1}, key=str)
+        twice = sorted((key for key, count in Counter(flat).items() if count > 1), key=str)
         wrong.append(f"param_groups has {twice[:5]} more than once")
     wrong += [f"state has {key!r}, which no group has" for key in state if key not in known]
     return members
