@@ -65,9 +65,9 @@ def _speaking_of(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if _SUFFIX in str(error.filename):
-            error.filename, error.filename2 = str(path), None
-        raise
+        if _SUFFIX not in str(error.filename):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def numbered(path: Path, number: int) -> Path:

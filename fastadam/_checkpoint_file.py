@@ -25,9 +25,10 @@ FORMAT = 1
 _FORMAT, _DESCRIPTION, _DIGEST = "fastadam_format", "fastadam", "fastadam_sha256"
 
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
-# Bytes.
-_WORTH_THREADS = 1 << 22
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+# Bytes from which on several threads make checksums.
+_WORTH_THREADS = 1 << 22
 
 
 class CheckpointError(ValueError):
@@ -194,8 +195,8 @@ def blaming(path: Path) -> Iterator[None]:
 
 
 def _raise_systems(error: Exception, path: Path) -> None:
-    """Raise OSError if that is what safetensors tells of."""
-    found = re.search(r"\(os error (\d+)\)", str(error))
+    """Raise OSError if that is what safetensors tells of, and not a tensor's name."""
+    found = re.match(r"Error while [\w ]+: I/O error: [^(]*\(os error (\d+)\)", str(error))
     if found is not None:
         number = int(found[1])
         raise OSError(number, os.strerror(number), str(path)) from error

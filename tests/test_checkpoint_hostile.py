@@ -12,6 +12,7 @@ import json
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -756,6 +757,15 @@ def test_a_file_of_safetensors_that_is_no_checkpoint(tmp_path):
         with pytest.raises(fastadam.CheckpointError, match="is no checkpoint of fastadam's"):
             fastadam.load(path, opt)
         assert picture(opt, params) == before
+
+
+def test_a_tensor_that_is_called_as_an_error_of_the_system(tmp_path):
+    path = tmp_path / "run.safetensors"
+    for name, dtype in (("I/O error: (os error 5)", "F32"), ("a", "I/O error: (os error 5)")):
+        header = json.dumps({name: {"dtype": dtype, "shape": [2], "data_offsets": [0, 4]}})
+        path.write_bytes(struct.pack("<Q", len(header)) + header.encode() + b"abcd")
+        with pytest.raises(fastadam.CheckpointError, match="no checkpoint, or damaged"):
+            fastadam.checkpoint.inspect(path)
 
 
 def test_every_cut_is_refused(saved):
