@@ -2,7 +2,9 @@
 
 import copy
 import math
+import os
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -263,3 +265,31 @@ def test_bad_values_change_nothing(spoil, error, message):
     np.testing.assert_array_equal(array, 1.0)
     np.testing.assert_array_equal(grad, 1.0)
     assert opt.step_count == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_before_the_writing_back_is_completed_in_the_child():
+    """As another thread may, between the kernel's return and the first object's new value."""
+    values = [Value(1.0), Value(2.0)]
+    opt = fastadam.from_objects(values, lr=0.5)
+    step = opt.optimizer.step
+    found = []
+
+    def forking(*arguments, **options):
+        result = step(*arguments, **options)
+        with warnings.catch_warnings():  # of a fork beside other threads
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if not child:
+            right = [v.data for v in values] == [0.5000000025, 1.5000000025]
+            os._exit(0 if right and opt.step_count == 1 else 1)
+        found.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        assert [v.data for v in values] == [1.0, 2.0]
+        return result
+
+    opt.optimizer.step = forking
+    for value in values:
+        value.grad = 2.0
+    opt.step()
+    assert found == [0]
+    assert [v.data for v in values] == [0.5000000025, 1.5000000025]

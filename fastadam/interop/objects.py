@@ -148,6 +148,7 @@ class ObjectAdam:
                         for write in self._writes(grads):
                             with contextlib.suppress(BaseException):
                                 call(*write)
+                        self._unwritten = None
                         raise
                 self._unwritten = None
             if result.skipped:
