@@ -5,7 +5,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain, repeat, starmap
+from itertools import chain, compress, repeat, starmap
 from operator import call
 from typing import Any
 
@@ -157,14 +157,13 @@ class ObjectAdam:
 
     def _writes(self, grads: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
         """Return what a step will write to objects: iterators in C, read when it is done."""
-        places = [place for place, k in enumerate(self._scalars) if grads[k] is not None]
-        return chain(self._value_writes(places), self._resets(grads))
+        chosen = [grads[k] is not None for k in self._scalars]
+        return chain(compress(self._value_writes(), chosen), self._resets(grads))
 
-    def _value_writes(self, places: Sequence[int] | None = None) -> Iterator[tuple[Any, ...]]:
-        """Return calls that set ``.data``, of the objects at these places among the scalars."""
-        places = range(len(self._scalars)) if places is None else places
-        objects = [self._objects[self._scalars[place]] for place in places]
-        values = map(self._values.item, places)
+    def _value_writes(self) -> Iterator[tuple[Any, ...]]:
+        """Return calls that set the ``.data`` of all scalars to what will then be their values."""
+        objects = [self._objects[k] for k in self._scalars]
+        values = chain.from_iterable(map(call, [self._values.tolist]))
         return zip(repeat(setattr), objects, repeat("data"), values)
 
     def _resets(self, grads: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
