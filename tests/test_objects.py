@@ -277,8 +277,8 @@ def test_a_fork_before_the_writing_back_is_completed_in_the_child():
 
     def forking(*arguments, **options):
         result = step(*arguments, **options)
-        with warnings.catch_warnings():  # of a fork beside other threads
-            warnings.simplefilter("ignore", DeprecationWarning)
+        with warnings.catch_warnings():  # of Python and of JAX: a fork beside other threads
+            warnings.simplefilter("ignore")
             child = os.fork()
         if not child:
             right = [v.data for v in values] == [0.5000000025, 1.5000000025]
