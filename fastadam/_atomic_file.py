@@ -47,9 +47,10 @@ def replace(path: Path, write: Callable[[Path], None], keep: int) -> None:
         raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(path.parent))
     _sweep(path.parent)
     with _speaking_of(path), _work_folder(path.parent) as work:
-        sample = path if path.exists() else work / "sample"
-        if sample != path:
-            sample.touch()  # for the access rights that the user's files have
+        sample = path
+        if not path.exists():
+            sample = work / "sample"  # of the access rights that the user's files have
+            sample.touch()
         new = work / "new"
         write(new)
         new.chmod(stat.S_IMODE(sample.stat().st_mode))

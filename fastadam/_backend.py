@@ -64,7 +64,10 @@ class Backend(Protocol):
         """Write what another array holds, this backend's or a NumPy array."""
 
     def writing(self, targets: list[Any], sources: list[Any]) -> Iterable[tuple[Any, ...]]:
-        """Return calls, as function and arguments, that write NumPy arrays into these."""
+        """Return calls, as function and arguments, that write NumPy arrays into these.
+
+        A second go through them writes what is left, or all again.
+        """
 
     def to_host(self, array: Any) -> npt.NDArray[Any]:
         """Return a copy as a NumPy array of the same memory order."""

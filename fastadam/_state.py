@@ -110,14 +110,18 @@ def export_state(
         s.key: {"step": int(step), **{name: to_host(a) for name, a in s.arrays().items()}}
         for s, step in zip(states, steps, strict=True)
     }
-    param_groups = [
-        {
-            **{name: group[name] for name in _options.NAMES},
-            "params": [s.key for s in members],
-        }
+    param_groups = export_groups(groups, states)
+    return {"state": state, "param_groups": param_groups, "step_count": step_count}
+
+
+def export_groups(
+    groups: Sequence[Mapping[str, Any]], states: Sequence[ParamState]
+) -> list[dict[str, Any]]:
+    """Return the hyperparameters of groups, with the keys of their parameters."""
+    return [
+        {**{name: group[name] for name in _options.NAMES}, "params": [s.key for s in members]}
         for group, members in zip(groups, by_group(states, len(groups)), strict=True)
     ]
-    return {"state": state, "param_groups": param_groups, "step_count": step_count}
 
 
 def import_state(

@@ -29,7 +29,7 @@ class _Reference(weakref.ref[Any]):
 
 
 _owners: set[_Reference] = set()
-_openmp_is_lost = False
+_parallel_works = True
 
 
 class _Own(threading.local):
@@ -54,7 +54,7 @@ def parallel_works() -> bool:
     Not the child of a process that has used GNU OpenMP, which cannot start its
     threads anew: Numba ends a process that tries.
     """
-    return not _openmp_is_lost
+    return _parallel_works
 
 
 def in_one_go(calls: Iterable[tuple[Any, ...]]) -> None:
@@ -65,6 +65,13 @@ def in_one_go(calls: Iterable[tuple[Any, ...]]) -> None:
     """
     with alone:
         deque(starmap(call, calls), maxlen=0)
+
+
+def each_alone(calls: Iterable[tuple[Any, ...]]) -> None:
+    """Make every call, whatever others raise: what `in_one_go` was kept from."""
+    for function, *arguments in calls:
+        with contextlib.suppress(BaseException):
+            function(*arguments)
 
 
 def emptying(values: list[Any]) -> Iterator[Any]:
@@ -158,12 +165,13 @@ def _release() -> None:
 
 
 def _in_child() -> None:
-    global _openmp_is_lost
+    global _parallel_works
     try:
         numba: Any = sys.modules.get("numba")
         # Without threads it is a ValueError, half imported an AttributeError.
         with contextlib.suppress(AttributeError, ValueError):
-            _openmp_is_lost |= sys.platform == "linux" and numba.threading_layer() == "omp"
+            if sys.platform == "linux" and numba.threading_layer() == "omp":
+                _parallel_works = False
         for reference in list(_owners):
             owner = reference()
             if owner is not None:

@@ -1,6 +1,5 @@
 """Adam and AdamW: the facade. Groups, state, ``step()``, ``state_dict()``."""
 
-import contextlib
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
@@ -13,7 +12,7 @@ from ._containers import FixedSequence, check_same
 from ._groups import Groups, describe
 from ._result import StepResult
 from ._state import LoadedState, export_state, import_state
-from ._threads import in_one_go, register
+from ._threads import each_alone, in_one_go, register
 
 _new = tuple.__new__
 
@@ -537,9 +536,7 @@ class Adam:
         try:
             in_one_go(writes())
         except BaseException:  # before it, where writing takes Python, or in a user's property
-            for function, *arguments in writes():
-                with contextlib.suppress(BaseException):
-                    function(*arguments)
+            each_alone(writes())
             raise
 
     def __getstate__(self) -> dict[str, Any]:

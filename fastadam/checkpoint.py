@@ -17,7 +17,7 @@ from ._checkpoint_file import CheckpointError, Reader
 from ._checkpoint_fit import Fit, Key, Rename, checked_key
 from ._schedule_base import Schedule, integer
 from ._schedule_plain import from_plain, to_plain
-from ._state import KINDS, LoadedState, by_group, import_options, is_count
+from ._state import KINDS, LoadedState, export_groups, import_options, is_count
 from .adam import Adam, take_turn
 from .interop.objects import ObjectAdam
 
@@ -378,22 +378,13 @@ def _describe(opt: Adam) -> dict[str, Any]:
     except TypeError:
         schedule = {"repr": repr(opt.schedule)}
     norm = opt.max_grad_norm
+    options = import_options(groups.options, groups.states, "param_groups")
     return {
         "version": import_module("fastadam").__version__,
         "step_count": opt.step_count,
         "params": [state.key for state in groups.states],
         "steps": opt._plan.steps.tolist(),
-        "groups": [
-            {
-                **options,
-                "params": [state.key for state in members],
-            }
-            for options, members in zip(
-                import_options(groups.options, groups.states, "param_groups"),
-                by_group(groups.states, len(groups.options)),
-                strict=True,
-            )
-        ],
+        "groups": export_groups(options, groups.states),
         "amsgrad": opt.amsgrad,
         "ema_decay": opt.ema_decay,
         "max_grad_norm": "inf" if norm == math.inf else norm,

@@ -1,6 +1,5 @@
 """Objects with ``.data`` and ``.grad``: scalars of a hand-written autograd, or arrays."""
 
-import contextlib
 import math
 import threading
 from collections import deque
@@ -14,7 +13,7 @@ import numpy.typing as npt
 
 from .._options import as_float, is_real
 from .._result import StepResult
-from .._threads import register
+from .._threads import each_alone, register
 from ..adam import Adam, take_turn
 
 _drain = deque[Any](maxlen=0).extend
@@ -145,9 +144,7 @@ class ObjectAdam:
                     try:
                         _drain(writes)
                     except BaseException:  # in a property of the user's, from it or from a signal
-                        for write in self._writes(grads):
-                            with contextlib.suppress(BaseException):
-                                call(*write)
+                        each_alone(self._writes(grads))
                         self._unwritten = None
                         raise
                 self._unwritten = None
