@@ -6,9 +6,20 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from . import _formula, _jit, _reader
-from ._jit import fetch_add, load, only_if, store, sum_squares, table, thread_count
+from . import _formula, _jit, _reader, _thread_choice
+from ._jit import (
+    clock,
+    fetch_add,
+    load,
+    only_if,
+    set_thread_count,
+    store,
+    sum_squares,
+    table,
+    thread_count,
+)
 from ._tables import (
+    ACCOUNT,
     CHUNK_COLUMNS,
     CHUNK_COUNT,
     CHUNK_OFFSET,
@@ -33,13 +44,17 @@ from ._tables import (
     ROW,
     ROWS,
     SCALARS,
+    SIZE,
     STEP,
     STEP_COUNT,
+    SUM_CHOICE,
     SUMS,
     TENSOR_COLUMNS,
     TENSOR_COUNT,
     TENSORS,
     THREADS,
+    UPDATE_CHOICE,
+    WORK,
 )
 
 # Starting the threads costs some 2 to 3 microseconds, what one thread needs for
@@ -55,6 +70,8 @@ step_scalars = _jit.inline(
     _formula.bind(_formula.step_scalars, fma=_jit.fma, one_minus_power=one_minus_power)
 )
 adam_update = _jit.inline(_formula.bind(_formula.adam_update, fma=_jit.fma))
+
+_several, _note = _thread_choice.several, _thread_choice.note
 
 _INT64, _FLOAT64 = np.int64(0), np.float64(0)
 # What a kernel is compiled for: the parameters' type, and for each option True, or
@@ -175,17 +192,38 @@ def add_up(sums: Any) -> Any:
 
 
 @_jit.inline
-def share_out(fields: Any) -> Any:
+def share_out(fields: Any, tensors: Any, choice: Any) -> Any:
     """Give every worker an equal run of chunks; return how many workers there are.
 
     The runs are the same in every step: a worker finds its own chunks in its
     caches, and in the memory near it, since it was the first to touch them.
+    ``choice`` is the field that leads to what `_thread_choice` knows of this pass.
     """
+    fields[WORK] = 0
+    for t in range(tensors.shape[0]):
+        if tensors[t, DTYPE] == fields[OWN_DTYPE] and tensors[t, GRAD] != 0:
+            fields[WORK] += tensors[t, SIZE]
     workers = min(thread_count(), fields[THREADS])
+    if workers > 1 and not _several(*_accounts(fields, choice)):
+        workers = 1
     cursors = table(fields[CURSORS], workers, CURSOR_BYTES // 8, _INT64)
     for w in range(workers):
         cursors[w, 0] = fields[CHUNK_COUNT] * w // workers
     return workers
+
+
+@_jit.inline
+def note_time(fields: Any, choice: Any, workers: Any, started: Any) -> None:
+    """Take into account how long the pass took, from a time of `clock` on."""
+    if min(thread_count(), fields[THREADS]) > 1:
+        state, account = _accounts(fields, choice)
+        _note(state, account, workers > 1, fields[WORK], clock() - started)
+
+
+@_jit.inline
+def _accounts(fields: Any, choice: Any) -> Any:
+    state = table(fields[choice], 1, _thread_choice.STATE_SIZE, _FLOAT64)[0]
+    return state, table(fields[ACCOUNT], 1, 1, _FLOAT64)[0]
 
 
 @_jit.inline
@@ -216,7 +254,9 @@ def update_parallel(context: Any, grads: Any) -> Any:  # noqa: ARG001
     fields, tensors, chunks = read(context)
     scalars = table(fields[ROWS], tensors.shape[0], SCALARS, FLOAT(0))
     prepare(fields, tensors, scalars)
-    workers = share_out(fields)
+    started, available = clock(), thread_count()
+    workers = share_out(fields, tensors, UPDATE_CHOICE)
+    set_thread_count(workers)  # of which alone the loop waits
     for w in prange(workers):
         # Its own run, then what others have left: none waits for one that was held up.
         for k in range(workers):
@@ -225,6 +265,8 @@ def update_parallel(context: Any, grads: Any) -> Any:  # noqa: ARG001
             while c >= 0:
                 update_chunk(chunks[c], tensors, scalars, FLOAT(0), AMSGRAD, AVERAGE, ZERO_GRAD)
                 c = next_chunk(fields, workers, owner)
+    set_thread_count(available)
+    note_time(fields, UPDATE_CHOICE, workers, started)
     return count_step(fields)
 
 
@@ -241,7 +283,9 @@ def sum_parallel(context: Any, scale: Any) -> Any:
     """Do the same in several threads: the terms are the same, and their order."""
     fields, tensors, chunks = read(context)
     sums = table(fields[SUMS], 1, chunks.shape[0], _FLOAT64)[0]
-    workers = share_out(fields)
+    started, available = clock(), thread_count()
+    workers = share_out(fields, tensors, SUM_CHOICE)
+    set_thread_count(workers)  # of which alone the loop waits
     for w in prange(workers):
         for k in range(workers):
             owner = (w + k) % workers
@@ -249,6 +293,8 @@ def sum_parallel(context: Any, scale: Any) -> Any:
             while c >= 0:
                 sums[c] = sum_chunk(chunks[c], tensors, scale, FLOAT(0))
                 c = next_chunk(fields, workers, owner)
+    set_thread_count(available)
+    note_time(fields, SUM_CHOICE, workers, started)
     return add_up(sums)
 
 

@@ -1,6 +1,7 @@
 """The only home of compile flags and of the machine primitives."""
 
 import contextlib
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -199,6 +200,37 @@ def thread_count(typing_context: Any) -> Any:
         return builder.call(count, [])
 
     return types.intp(), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def set_thread_count(typing_context: Any, count: Any) -> Any:
+    """Let the parallel loops of this thread's use so many threads, as `numba.set_num_threads`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(32)])
+        setter = cgutils.get_or_insert_function(builder.module, kind, "set_num_threads")
+        builder.call(setter, [builder.trunc(args[0], ir.IntType(32))])
+        return context.get_dummy_value()
+
+    return types.none(types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def clock(typing_context: Any) -> Any:
+    """Return the time of a steady clock in nanoseconds; always 0 where there is no POSIX clock."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        integer = ir.IntType(64)
+        if not hasattr(time, "clock_gettime"):
+            return integer(0)
+        spec = cgutils.alloca_once(builder, ir.ArrayType(integer, 2))
+        kind = ir.FunctionType(ir.IntType(32), [ir.IntType(32), spec.type])
+        function = cgutils.get_or_insert_function(builder.module, kind, "clock_gettime")
+        builder.call(function, [ir.IntType(32)(time.CLOCK_MONOTONIC), spec])
+        seconds, rest = (builder.extract_value(builder.load(spec), place) for place in (0, 1))
+        return builder.add(builder.mul(seconds, integer(1_000_000_000)), rest)
+
+    return types.int64(), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from . import _thread_choice
 from ._arrays import address, dtype_mark
 from ._state import ParamState
 
@@ -52,8 +53,12 @@ START, END = range(2)
     CURSORS,
     OWN_DTYPE,
     THREADS,
-) = range(16)
-CONTEXT_SIZE = 16
+    WORK,
+    UPDATE_CHOICE,
+    SUM_CHOICE,
+    ACCOUNT,
+) = range(20)
+CONTEXT_SIZE = 20
 
 # A counter to a thread, each in a cache line of its own.
 CURSOR_BYTES = 64
@@ -141,6 +146,9 @@ class Context:
         self.fields[ROWS], self.fields[SUMS] = address(self._rows), address(self._sums)
         self.fields[CURSORS], self.fields[OWN_DTYPE] = address(self._cursors), own_dtype
         self.fields[STEP_COUNT], self.fields[THREADS] = address(step_count), threads
+        self._choices = [_thread_choice.new_state() for _ in range(2)]
+        self.fields[[UPDATE_CHOICE, SUM_CHOICE]] = [address(each) for each in self._choices]
+        self.fields[ACCOUNT] = address(_thread_choice.account)
         self.address = address(self.fields)
         # The same without a tensor or a chunk, to call a kernel on, even during a step: what
         # the kernel writes to is not the same.
