@@ -28,7 +28,9 @@ from fastadam._device import cuda, load4, store4  # noqa: E402
 pytestmark = pytest.mark.skipif(_device.SIMULATED, reason="reads what is compiled")
 
 F4, F8 = np.dtype("f4"), np.dtype("f8")
-CAPABILITIES = pytest.mark.parametrize("cc", [(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
+# What numba-cuda compiles for, on an A100 and on an H100.
+AMPERE, HOPPER = (8, 0, ""), (9, 0, "a")
+CAPABILITIES = pytest.mark.parametrize("cc", [AMPERE, HOPPER], ids=["sm_80", "sm_90a"])
 DTYPES = pytest.mark.parametrize("dtype", [F4, F8], ids=["f4", "f8"])
 OPTIONS = ("amsgrad", "average", "zero_grad")
 EACH_OPTION = ((), *((name,) for name in OPTIONS), OPTIONS)
@@ -56,7 +58,7 @@ KERNELS = {
 @contextlib.contextmanager
 def pretend(cc):
     """Device functions are compiled for the device in use: let there be one."""
-    device = mock.Mock(compute_capability=cc)
+    device = mock.Mock(compute_capability=cc[:2])
     with mock.patch("numba.cuda.dispatcher.get_current_device", return_value=device):
         yield
 
@@ -96,7 +98,7 @@ def machine_code(kernel, cc):
             cc=cc,
             launch_bounds=kernel.bounds,
         )
-    options = ["-arch=sm_{}{}".format(*cc), "-lto", "-O3"]
+    options = ["-arch=sm_{}{}{}".format(*cc), "-lto", "-O3"]
     handle = nvjitlink.create(len(options), options)
     nvjitlink.add_data(handle, nvjitlink.InputType.LTOIR, code, len(code), "kernel")
     nvjitlink.complete(handle)
@@ -130,6 +132,16 @@ def arithmetic(operation, kind, text):
     return count(rf"\b{operation}(?:\.rn)?\.{kind}\b", text)
 
 
+@CAPABILITIES
+def test_numba_compiles_for_these(cc):
+    from numba.cuda.codegen import CUDACodeLibrary  # which the simulator has not
+
+    library = CUDACodeLibrary(None, "name")
+    context = mock.Mock(device=mock.Mock(compute_capability=cc[:2]))
+    with mock.patch("numba.cuda.codegen.devices.get_context", return_value=context):
+        assert library._ensure_cc(None) == cc
+
+
 # What holds of every kernel.
 
 
@@ -138,7 +150,7 @@ def arithmetic(operation, kind, text):
 def test_ptx_has_nothing_approximate(name, cc):
     """No call, no memory of a thread's own, no atomics; roots and quotients rounded correctly."""
     text = ptx(KERNELS[name], cc)
-    assert f".target sm_{cc[0]}{cc[1]}" in text
+    assert ".target sm_{}{}{}\n".format(*cc) in text
     for word in ("call", r"\.local", "approx", r"\.ftz", r"div\.full", "rsqrt", "atom"):
         assert count(rf"(?<![\w%$]){word}\b", text) == 0, word
     assert not re.search(r"^\s*red\.", text, re.MULTILINE)
@@ -215,7 +227,7 @@ def test_no_float64_in_float32(on, cc):
 @DTYPES
 def test_arithmetic_is_the_formula_s(dtype, on):
     """Nothing was fused that is not written as fma, nothing that is was taken apart."""
-    kind, text = f"f{8 * dtype.itemsize}", ptx(update_kernel(dtype, on), (9, 0))
+    kind, text = f"f{8 * dtype.itemsize}", ptx(update_kernel(dtype, on), HOPPER)
     # Both averages, the denominator and the parameter; L2, in one of the branches.
     fused = 4 + ("average" in on)
     assert arithmetic("fma", kind, text) == UPDATES * (fused + fused + 1)
@@ -238,7 +250,7 @@ def wide_accesses(dtype, on):
 @pytest.mark.parametrize("on", EACH_OPTION, ids=lambda on: "+".join(on) or "plain")
 @DTYPES
 def test_accesses_of_16_bytes_in_ptx(dtype, on):
-    text = ptx(update_kernel(dtype, on), (9, 0))
+    text = ptx(update_kernel(dtype, on), HOPPER)
     vector = rf"global(?:\.\w+)*\.v{16 // dtype.itemsize}\.[fbu]{8 * dtype.itemsize}\b"
     assert (count(rf"\bld\.{vector}", text), count(rf"\bst\.{vector}", text)) == wide_accesses(
         dtype, on
@@ -336,8 +348,8 @@ def test_primitives_take_float16(cc):
 def test_counts_of_this_file_can_be_other_than_they_are():
     """The disassembly that is read is there, and another formula is another count."""
     counts = [
-        arithmetic("fma", "f32", ptx(update_kernel(F4, on), (9, 0))) for on in ((), ("average",))
+        arithmetic("fma", "f32", ptx(update_kernel(F4, on), HOPPER)) for on in ((), ("average",))
     ]
     assert [b - a for a, b in pairwise(counts)] == [UPDATES * BRANCHES]
-    assert opcodes("FFMA", machine_code(update_kernel(F4, ()), (9, 0))[0]) > counts[0]
+    assert opcodes("FFMA", machine_code(update_kernel(F4, ()), HOPPER)[0]) > counts[0]
     assert os.environ.get("NUMBA_ENABLE_CUDASIM", "0") in ("", "0")
