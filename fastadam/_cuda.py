@@ -71,8 +71,8 @@ SUM_THREADS = WARP * WARPS
 SETTLE_THREADS = 512
 # Elements that a thread of `sum_kernel` asks for before it adds the first.
 AHEAD = 16
-# Parts added at a time.
-SEGMENT = 1024
+# Parts added at a time, and how many sums of segments wait for another of as many.
+SEGMENT, WAITING = 1024, 64
 # Sums of squares between these are neither short of digits nor infinite.
 SMALL, LARGE = 1e-280, 1e300
 LARGEST_SCALE = 1000
@@ -239,13 +239,13 @@ def write_scalars(row: Any, s: Any, like: Any) -> None:
 
 
 @_device.inline
-def reduce(parts: Any, count: Any, values: Any, tops: Any, find_largest: Any) -> Any:
+def reduce(parts: Any, count: Any, values: Any, waiting: Any, find_largest: Any) -> Any:
     """Add up the parts, or find the largest; every thread of the block gets the result.
 
-    ``values`` and ``tops`` are shared arrays, which may be used again afterwards.
+    ``values`` and ``waiting`` are shared arrays, which may be used again afterwards.
     """
     thread, threads = cuda.threadIdx.x, cuda.blockDim.x
-    segments = (count + SEGMENT - 1) // SEGMENT
+    segments, held = (count + SEGMENT - 1) // SEGMENT, 0
     for s in range(segments):
         size = min(count - s * SEGMENT, SEGMENT)
         for k in range(thread, size, threads):
@@ -253,10 +253,19 @@ def reduce(parts: Any, count: Any, values: Any, tops: Any, find_largest: Any) ->
         cuda.syncthreads()
         add_pairs(values, size, find_largest, thread, threads)
         if thread == 0:
-            tops[s] = values[0]
+            waiting[held] = values[0]
+        held += 1
+        # In pairs and pairs of pairs: it joins the last one, if that is of as many segments.
+        # At the end all are joined.
+        rest = s
+        while held > 1 and (rest & 1 or s == segments - 1):
+            held -= 1
+            if thread == 0:
+                one, other = waiting[held - 1], waiting[held]
+                waiting[held - 1] = larger(one, other) if find_largest else one + other
+            rest >>= 1
         cuda.syncthreads()
-    add_pairs(tops, segments, find_largest, thread, threads)
-    result = tops[0] if count > 0 else DOUBLE
+    result = waiting[0] if count > 0 else DOUBLE
     cuda.syncthreads()
     return result
 
@@ -277,7 +286,7 @@ def settle(contexts: Any, result: Any) -> None:
     what squares must be scaled by; with ASK, it only tells.
     """
     values = cuda.shared.array(SEGMENT, float64)
-    tops = cuda.shared.array(SEGMENT, float64)
+    waiting = cuda.shared.array(WAITING, float64)
     thread, threads = cuda.threadIdx.x, cuda.blockDim.x
     hyper, counter = load(contexts, HYPER, INT64), load(contexts, STEP_COUNT, INT64)
     steps = load(counter, 0, INT64)
@@ -289,8 +298,8 @@ def settle(contexts: Any, result: Any) -> None:
         for d in range(load(contexts, CONTEXT_COUNT, INT64)):
             context = contexts + d * (8 * CONTEXT_SIZE)
             count = load(context, PART_COUNT, INT64)
-            total += reduce(load(context, SUMS, INT64), count, values, tops, False)
-            own = reduce(load(context, MAXIMA, INT64), count, values, tops, True)
+            total += reduce(load(context, SUMS, INT64), count, values, waiting, False)
+            own = reduce(load(context, MAXIMA, INT64), count, values, waiting, True)
             is_double = load(load(contexts, IS_DOUBLE, INT64), d, INT64)
             beyond = beyond or is_beyond(own, factor, is_double)
             largest = larger(largest, own)
