@@ -154,7 +154,11 @@ def view(array: Any, label: str, *, writable: bool) -> DeviceArray:
         raise TypeError(f"{label} must be an array on a CUDA device, got {kind}")
     if has_data_ptr(array):
         return _view_of_tensor(array, kind, label)
-    if hasattr(type(array), "__cuda_array_interface__"):
+    if hasattr(type(array), "device_ctypes_pointer"):
+        # Numba's: its interface raises a DeprecationWarning for some of its own streams.
+        address, read_only, shape = array.device_ctypes_pointer.value, False, array.shape
+        strides, dtype = array.strides, array.dtype
+    elif hasattr(type(array), "__cuda_array_interface__"):
         interface = array.__cuda_array_interface__
         address, read_only = interface["data"]
         shape, strides = tuple(interface["shape"]), interface.get("strides")
@@ -195,11 +199,15 @@ def _view_of_tensor(tensor: Any, kind: str, label: str) -> DeviceArray:
 
 def current_stream(array: DeviceArray) -> int:
     """Return the stream on which the library that an array is of would work on it now."""
-    return stream_source(array)()
+    return stream_source(array)() or 0
 
 
-def stream_source(array: DeviceArray) -> Callable[[], int]:
-    """Return what tells that stream, at any time, without keeping the array."""
+def stream_source(array: DeviceArray) -> Callable[[], int | None]:
+    """Return what tells that stream, at any time, without keeping the array.
+
+    None is of arrays that name no stream: they are worked on in the default stream,
+    or their owner has waited.
+    """
     library, device = _library(array.owner), array.device
     if library == "torch":
         torch = sys.modules["torch"]
@@ -207,11 +215,12 @@ def stream_source(array: DeviceArray) -> Callable[[], int]:
     if library == "cupy":
         cupy = sys.modules["cupy"]
         return lambda: int(cupy.cuda.get_current_stream().ptr)
-    if library == "numba":  # its interface takes microseconds
-        stream = int(getattr(array.owner, "stream", 0) or 0)
+    if library == "numba":
+        named = getattr(array.owner, "stream", 0) or None
+        named = getattr(named, "handle", None)  # the simulator's have none
     else:
-        interface = getattr(array.owner, "__cuda_array_interface__", None)
-        stream = int((interface or {}).get("stream") or 0)
+        named = (getattr(array.owner, "__cuda_array_interface__", None) or {}).get("stream")
+    stream = None if named is None else int(named)
     return lambda: stream
 
 
@@ -230,7 +239,7 @@ class OwnBuffer:
 def stream_key(array: DeviceArray) -> Any:
     """Return what arrays have in common whose libraries work on one stream."""
     library = _library(array.owner)
-    return library if library in ("torch", "cupy", OWN) else current_stream(array)
+    return library if library in ("torch", "cupy", OWN) else stream_source(array)()
 
 
 def has_data_ptr(array: Any) -> bool:

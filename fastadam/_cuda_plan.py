@@ -252,8 +252,10 @@ class Plan:
     def _stream(self, limits: Any) -> Iterator[tuple[int, int]]:
         """Bring the device's tables up to date; wait, on the device, for who else works there."""
         stream = current_stream(self._params[0])
-        others = {visitor() for visitor in self._grads.visitors} - {stream}
+        named = {visitor() for visitor in self._grads.visitors}
         graph = CAPTURED if _device.is_capturing(stream) else EAGER
+        # An array that names no stream may be used in the default one, but not in a graph.
+        others = {each or 0 for each in named if each is not None or graph == EAGER} - {stream}
         if graph == CAPTURED:
             self._check_graph(limits)
             if others:

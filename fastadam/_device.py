@@ -10,7 +10,6 @@ import importlib.util
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numba import config
 
 from ._formula import bind
@@ -69,9 +68,11 @@ class Kernel:
             return cuda.jit(self.signature, launch_bounds=self.bounds)(self.function)
 
     def prepare(self) -> None:
-        """Compile it now."""
+        """Compile it, and load it on the current device, now."""
         with relaxed():
-            _ = self.compiled
+            compiled = self.compiled
+            with undisturbed():
+                load_kernel(compiled)
 
     def call(
         self, device: int, blocks: int, threads: int, stream: int, *arguments: int
@@ -108,6 +109,7 @@ if TYPE_CHECKING or not SIMULATED:
     from ._driver import (
         Event,
         address_of_buffer,
+        allocate,
         clear,
         context,
         copy,
@@ -115,7 +117,9 @@ if TYPE_CHECKING or not SIMULATED:
         download,
         is_capturing,
         launcher,
+        load_kernel,
         multiprocessors,
+        pinned,
         relaxed,
         side_stream,
         synchronize,
@@ -127,6 +131,7 @@ else:
     from ._simulator import (
         Event,
         address_of_buffer,
+        allocate,
         clear,
         context,
         convert,
@@ -138,9 +143,11 @@ else:
         launcher,
         load,
         load4,
+        load_kernel,
         mul,
         multiprocessors,
         only_if,
+        pinned,
         relaxed,
         root,
         side_stream,
@@ -173,6 +180,7 @@ __all__ = [
     "launcher",
     "load",
     "load4",
+    "load_kernel",
     "mul",
     "multiprocessors",
     "only_if",
@@ -202,15 +210,3 @@ def at_once(
             synchronize_all()
             copying(target, source, size, 0)
             synchronize(0)
-
-
-def allocate(size: int) -> Any:
-    """Return a buffer of this many bytes on the current device, freed with its last reference."""
-    return cuda.device_array(max(size, 1), np.uint8)
-
-
-def pinned(columns: int, rows: int) -> np.ndarray[Any, Any]:
-    """Return zeros, float64 or anything as wide, that device and host see at one address."""
-    array: np.ndarray[Any, Any] = cuda.pinned_array((rows, columns), np.float64)
-    array[...] = 0.0
-    return array

@@ -4,20 +4,30 @@ import contextlib
 import ctypes
 import functools
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 from cuda.core import LaunchConfig, launch
 from numba import cuda
-from numba.cuda.cudadrv.driver import binding, driver
+from numba.cuda.cudadrv.driver import CudaAPIError, binding, driver
 
 Address = int
+SUCCESS = binding.CUresult.CUDA_SUCCESS
+NOT_INITIALIZED = binding.CUresult.CUDA_ERROR_NOT_INITIALIZED
 
 
 @functools.lru_cache(maxsize=64)
 def stream_object(handle: int) -> Any:
     """Return what numba-cuda calls a stream, for another library's handle."""
     return cuda.external_stream(handle) if handle else 0
+
+
+def load_kernel(compiled: Any) -> None:
+    """Link a compiled kernel for the current device and load it there, if that is not done."""
+    for kernel in compiled.overloads.values():
+        kernel.bind()
 
 
 def launcher(compiled: Any, blocks: int, threads: int, stream: int) -> Any:
@@ -44,17 +54,86 @@ _NOTHING = contextlib.nullcontext()
 
 
 def context(device: int) -> Any:
-    """Return a context manager in which calls concern this device."""
-    if int(binding.cuCtxGetCurrent()[1]) == _contexts.get(device):
+    """Return a context manager in which calls concern this device.
+
+    Raises
+    ------
+    RuntimeError
+        In a forked child.
+    """
+    error, current = binding.cuCtxGetCurrent()
+    if error == NOT_INITIALIZED:
+        _initialize()
+    elif error == SUCCESS and int(current) == _contexts.get(device):
         return _NOTHING
     gpu = cuda.gpus[device]
     _contexts[device] = int(gpu.get_primary_context().handle)
     return gpu
 
 
-def address_of_buffer(buffer: Any) -> Address:
+def _initialize() -> None:
+    """Initialize the driver, which only the child of a process that has done so cannot do."""
+    if binding.cuInit(0)[0] == NOT_INITIALIZED:
+        raise RuntimeError(
+            "CUDA was initialised before the fork, and a forked process cannot use it: start"
+            " processes with the method 'spawn'"
+        )
+
+
+class Buffer:
+    """Bytes on the current device, freed as soon as nothing refers to them.
+
+    They come from the driver itself, which lets no one have them before all work on the
+    device is done. numba-cuda frees its arrays in groups of ten, at any later time, and
+    a memory manager that a user has given it may reuse them while a kernel is running.
+    """
+
+    def __init__(self, size: int) -> None:
+        try:
+            place = driver.cuMemAlloc(size)
+        except CudaAPIError as error:
+            if error.code != binding.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+                raise
+            with contextlib.suppress(AttributeError):  # some memory managers have no queue
+                cuda.current_context().memory_manager.deallocations.clear()
+            place = driver.cuMemAlloc(size)
+        self.address = int(place)
+        _free_with(self, binding.cuMemFree, place)
+
+
+def allocate(size: int) -> Buffer:
+    """Return a buffer of this many bytes on the current device."""
+    return Buffer(max(size, 1))
+
+
+def pinned(columns: int, rows: int) -> np.ndarray[Any, Any]:
+    """Return zeros, float64 or anything as wide, that device and host see at one address."""
+    place = driver.cuMemHostAlloc(8 * columns * rows, 0)
+    memory = (ctypes.c_double * (columns * rows)).from_address(int(place))
+    _free_with(memory, binding.cuMemFreeHost, place)
+    array: np.ndarray[Any, Any] = np.ctypeslib.as_array(memory).reshape(rows, columns)
+    array[...] = 0.0
+    return array
+
+
+def _free_with(owner: Any, free: Callable[[Any], Any], resource: Any) -> None:
+    """Free what is of the current context, memory or an event, when an object goes."""
+    finalizer = weakref.finalize(owner, _free, free, resource, driver.cuCtxGetCurrent())
+    finalizer.atexit = False  # the driver frees what is left
+
+
+def _free(free: Callable[[Any], Any], resource: Any, current: Any) -> None:
+    """Free it, in whatever thread this is, and while any library captures a graph."""
+    # In a forked child, or when the context is gone, there is nothing to free.
+    if binding.cuCtxPushCurrent(current)[0] == SUCCESS:
+        with relaxed():
+            free(resource)
+        binding.cuCtxPopCurrent()
+
+
+def address_of_buffer(buffer: Buffer) -> Address:
     """Return where a buffer of `allocate` lies."""
-    return int(buffer.__cuda_array_interface__["data"][0] or 0)
+    return buffer.address
 
 
 def clear(address: Address, size: int, stream: int) -> None:
@@ -84,9 +163,20 @@ def synchronize(stream: int) -> None:
 
 
 def is_capturing(stream: int) -> bool:
-    """Whether what is started on the stream goes into a graph, to be run later."""
+    """Whether what is started on the stream goes into a graph, to be run later.
+
+    Raises
+    ------
+    RuntimeError
+        If nothing can be started on it now.
+    """
     error, status = binding.cuStreamIsCapturing(stream)  # asked in every step
-    if error != binding.CUresult.CUDA_SUCCESS:
+    if error == binding.CUresult.CUDA_ERROR_STREAM_CAPTURE_IMPLICIT:
+        raise RuntimeError(
+            "a step on CUDA's default stream cannot be taken while a stream is captured that"
+            " waits for it: take it before or after the capture, or on the captured stream"
+        )
+    if error != SUCCESS:
         status = driver.cuStreamIsCapturing(stream)  # raises
     return int(status) != int(binding.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE)
 
@@ -111,9 +201,20 @@ def side_stream(device: int) -> int:
 
 
 def device_of(address: Address) -> int:
-    """Return the number of the device on which memory lies."""
+    """Return the number of the device on which memory lies.
+
+    Raises
+    ------
+    RuntimeError
+        In a forked child.
+    """
     attribute = binding.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
-    return int(driver.cuPointerGetAttribute(attribute, address))
+    error, device = binding.cuPointerGetAttribute(attribute, address)
+    if error == NOT_INITIALIZED:
+        _initialize()
+    if error != SUCCESS:
+        device = driver.cuPointerGetAttribute(attribute, address)  # raises, if it must
+    return int(device)
 
 
 def multiprocessors(device: int) -> int:
@@ -125,24 +226,29 @@ class Event:
     """A point in a stream, to be waited for."""
 
     def __init__(self) -> None:
-        self._event = cuda.event(timing=False)
+        event = driver.cuEventCreate(int(binding.CUevent_flags.CU_EVENT_DISABLE_TIMING))
+        self._event = int(event)
+        _free_with(self, binding.cuEventDestroy, event)
 
     def record(self, stream: int) -> None:
         """Be the point after what has been started on the stream so far."""
-        self._event.record(stream_object(stream))
+        driver.cuEventRecord(self._event, stream)
 
     def hold(self, stream: int) -> None:
         """Let what is started on another stream from now on wait for the point."""
-        self._event.wait(stream_object(stream))
+        driver.cuStreamWaitEvent(stream, self._event, 0)
 
     def recording(self, stream: int) -> Callable[[], object]:
         """Return a call that does so, and in which no signal is acted on."""
-        return functools.partial(binding.cuEventRecord, int(self._event.handle), stream)
+        return functools.partial(binding.cuEventRecord, self._event, stream)
 
     def is_past(self) -> bool:
         """Whether the point has been reached."""
-        return bool(self._event.query())
+        (error,) = binding.cuEventQuery(self._event)
+        if error not in (SUCCESS, binding.CUresult.CUDA_ERROR_NOT_READY):
+            driver.cuEventQuery(self._event)  # raises
+        return bool(error == SUCCESS)
 
     def wait(self) -> None:
         """Wait until it has been."""
-        self._event.synchronize()
+        driver.cuEventSynchronize(self._event)

@@ -98,8 +98,22 @@ def _check_aligned(address: Any, index: Any, like: Any) -> None:
         raise RuntimeError("misaligned access of 16 bytes")
 
 
+def allocate(size: int) -> Any:
+    """As in `_driver`."""
+    return np.empty(max(size, 1), np.uint8)
+
+
+def pinned(columns: int, rows: int) -> np.ndarray[Any, Any]:
+    """As in `_driver`."""
+    return np.zeros((rows, columns))
+
+
+def load_kernel(compiled: Any) -> None:
+    """Do nothing: there is nothing to link."""
+
+
 def address_of_buffer(buffer: Any) -> int:
-    """As in `_device`."""
+    """As in `_driver`."""
     return int(buffer.ctypes.data)
 
 

@@ -334,9 +334,9 @@ def test_norm_and_clipping(rng, dtypes):
         np.testing.assert_allclose(param, reference.param, rtol=rtol, atol=rtol)
 
 
-@pytest.mark.parametrize("count", [1, 3, 4, 5, 11, 16, 23])
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 11, 16, 23, 27, 31, 70, 91])
 def test_pairs_of_parts(rng, monkeypatch, count):
-    """More parts than one segment holds, as 8 million arrays would give."""
+    """More parts than one segment holds, as many arrays would give, and any number of segments."""
     monkeypatch.setattr(_cuda, "SEGMENT", 4)
     parts = rng.standard_normal(count) * 10.0 ** rng.integers(-3, 3, count)
     expected = list(parts)
@@ -354,8 +354,8 @@ def test_pairs_of_parts(rng, monkeypatch, count):
 def run_reduce(parts, find_largest):
     def kernel(place, count, target, largest):
         values = cuda.shared.array(_cuda.SEGMENT, _device.float64)
-        tops = cuda.shared.array(16, _device.float64)
-        result = _cuda.reduce(place, count, values, tops, largest)
+        waiting = cuda.shared.array(16, _device.float64)
+        result = _cuda.reduce(place, count, values, waiting, largest)
         if cuda.threadIdx.x == 1:  # not only the first knows
             _device.store(target, 0, result)
 
@@ -367,6 +367,13 @@ def run_reduce(parts, find_largest):
 
 def test_no_parts():
     assert run_reduce(np.zeros(0), False) == run_reduce(np.zeros(0), True) == 0.0
+
+
+@pytest.mark.parametrize("values", [[-0.0, 0.0], [-0.0, -0.0]])
+@DTYPES
+def test_norm_of_negative_zeros_is_zero(dtype, values):
+    opt = fastadam.Adam(InterfaceArray(np.ones(2, dtype)), max_grad_norm=1.0)
+    assert repr(float(opt.step(InterfaceArray(np.array(values, dtype))).grad_norm)) == "0.0"
 
 
 EXTREMES = [
@@ -1007,6 +1014,41 @@ def test_what_a_graph_cannot_be(monkeypatch):
     assert twins.cuda.step_count == 0
     with pytest.raises(RuntimeError, match="needs parameters on a CUDA device, got NumPy arrays"):
         twins.cpu.prepare_replay()
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Which streams are waited for, and which wait, in order."""
+    noted = []
+    for name in ("record", "hold"):
+
+        def note(_, stream, name=name):
+            noted.append((name, stream))
+
+        monkeypatch.setattr(_device.Event, name, note)
+    return noted
+
+
+def test_a_stream_that_is_not_named(monkeypatch, waits):
+    """It may be the default one; but a graph need not wait for it."""
+    opt = fastadam.Adam(InterfaceArray(np.ones(3), stream=5))
+    array = np.ones(3)
+    grad, other = InterfaceArray(array), InterfaceArray(array, stream=7)
+    opt.step(grad)
+    # Between these, what has been sent is noted.
+    assert waits[:2] + waits[-2:] == [("record", 0), ("hold", 5), ("record", 5), ("hold", 0)]
+    waits.clear()
+    with Graph(monkeypatch) as graph:
+        opt.step(grad)
+    assert graph.launches
+    assert not [each for each in waits if each[0] == "hold"]
+    with (
+        Graph(monkeypatch) as refused,
+        pytest.raises(RuntimeError, match="a step in a CUDA graph needs parameters and gradients"),
+    ):
+        opt.step(other)
+    assert not refused.launches
+    assert opt.step_count == 1
 
 
 def test_repr():
