@@ -32,7 +32,7 @@ def check_param(array: Any, label: str) -> None:
             f"{label}.dtype must be float32 or float64 in native byte order, got {array.dtype!r}"
         )
     if not array.flags.writeable:
-        raise ValueError(f"{label} must be writable, got a read-only array")
+        raise ValueError(f"{label} must be writable, got a read-only {_kind_of_memory(array)}")
     _check_layout(array, label)
 
 
@@ -88,6 +88,19 @@ def _check_layout(array: npt.NDArray[Any], label: str) -> None:
             f"{label} must be aligned to its {array.itemsize}-byte elements, got an array at"
             f" an address that is not a multiple of it"
         )
+
+
+def _kind_of_memory(array: npt.NDArray[Any]) -> str:
+    """Return what a read-only array is, with what to do where that is known."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        if isinstance(base, np.memmap):
+            return (
+                "memory map, as joblib gives its workers large arrays:"
+                " joblib.Parallel(max_nbytes=None) or (mmap_mode='c') gives each worker a copy"
+            )
+        base = base.base
+    return "array"
 
 
 def address(array: npt.NDArray[Any] | None) -> int:

@@ -1,7 +1,8 @@
 """The containers that parameters and gradients come in: array, sequence, mapping, groups."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from operator import itemgetter
+from itertools import repeat
+from operator import is_not, itemgetter
 from typing import Any
 
 from ._backend import is_array
@@ -51,6 +52,39 @@ def check_same(array: Any, value: Any, label: str) -> None:
             f"{label} must stay the object it is, got {type(value).__qualname__}; to change an"
             f" array, write into it, as in array[...] = values"
         )
+
+
+_NO_GRADIENT = (
+    "has the backward function returned nothing? (In torch, .grad is None before backward() and"
+    " after zero_grad().)"
+)
+
+
+def check_any_given(grads: tuple[Any, ...]) -> None:
+    """Refuse gradients that are all None: no step would be taken, and no one would know.
+
+    Raises
+    ------
+    ValueError
+        If they are.
+    """
+    if not any(map(is_not, grads, repeat(None))):
+        each = "the one parameter" if len(grads) == 1 else f"all {len(grads)} parameters"
+        raise ValueError(
+            f"at least one gradient must be given, got None for {each}; {_NO_GRADIENT}"
+        )
+
+
+def check_given(grads: Any, label: str) -> None:
+    """Refuse None in the place of a container.
+
+    Raises
+    ------
+    ValueError
+        If it is None.
+    """
+    if grads is None:
+        raise ValueError(f"{label} must be given in the shape of params, got None; {_NO_GRADIENT}")
 
 
 class Container:
@@ -126,6 +160,7 @@ class Container:
     def _flatten_with_care(self, grads: Any, label: str) -> tuple[Any, ...]:
         if self.single:
             return (grads,)
+        check_given(grads, label)
         if self.names is not None:
             if not isinstance(grads, Mapping):
                 raise TypeError(
@@ -136,10 +171,14 @@ class Container:
                 return tuple(grads[name] for name in self.names)
             missing = [name for name in self.names if name not in grads]
             unknown = [name for name in grads if name not in self.names]
+            wrong = [
+                f"{what} {_listed(names)}"
+                for what, names in (("missing", missing), ("unknown", unknown))
+                if names
+            ]
             raise ValueError(
-                f"{label} must have the names of params (None where there is no gradient),"
-                f" got {len(missing)} missing {missing[:5]} and {len(unknown)} unknown"
-                f" {unknown[:5]}"
+                f"{label} must have the names of params (None where there is no gradient):"
+                f" {'; '.join(wrong)}"
             )
         refused = (Mapping, str, bytes, set)
         if is_array(grads) or isinstance(grads, refused) or not isinstance(grads, Iterable):
@@ -153,3 +192,8 @@ class Container:
                 f" gradient), got {len(flat)}"
             )
         return flat
+
+
+def _listed(names: Sequence[Any]) -> str:
+    shown = ", ".join(map(repr, names[:5]))
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

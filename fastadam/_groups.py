@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from . import _backend, _options
-from ._containers import Container, FixedSequence
+from ._containers import Container, FixedSequence, check_given
+from ._names import suggestion
 from ._state import ParamState, by_group
 
 
@@ -35,6 +36,9 @@ class ParamGroup(dict[str, Any]):
 
     def __setitem__(self, key: str, value: Any) -> None:
         self._write(super().__setitem__, key, value)
+
+    def __missing__(self, key: Any) -> Any:
+        raise KeyError(f"{key!r} is not in the group{suggestion(key, self)}")
 
     def __delitem__(self, key: str) -> None:
         self._write(super().__delitem__, key)
@@ -122,7 +126,8 @@ class Groups:
         unknown = sorted(set(given) - {"params", *_options.NAMES}, key=str)
         if unknown:
             raise ValueError(
-                f"{label} must have 'params' and any of {', '.join(_options.NAMES)}, got {unknown}"
+                f"{label} must have 'params' and any of {', '.join(_options.NAMES)}, got"
+                f" {unknown}{suggestion(unknown[0], _options.NAMES)}"
             )
         prefix = f"{label}." if self.nested else ""
         chosen = {name: given.get(name, self.defaults[name]) for name in _options.NAMES}
@@ -216,6 +221,7 @@ class Groups:
         return self._flatten_groups if self.nested else self.containers[0].flatten
 
     def _flatten_groups(self, grads: Any) -> tuple[Any, ...]:
+        check_given(grads, "grads")
         if (
             _backend.is_array(grads)
             or isinstance(grads, Mapping | str)

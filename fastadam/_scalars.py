@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from . import _options
 from ._groups import Groups, ParamGroup
+from ._names import suggestion
 from ._tables import (
     BETA1,
     BETA2,
@@ -107,9 +108,10 @@ class Scalars:
             raise ValueError(f"param_groups[{k}] must have {missing[0]!r}")
         keys, params = self._fixed[k]
         if options.keys() != keys or options["params"] is not params:
+            other = sorted(map(str, options.keys() ^ keys))
             raise ValueError(
                 f"param_groups[{k}] must keep its keys and its 'params', got"
-                f" {sorted(map(str, options.keys() ^ keys)) or 'other params'}"
+                f" {other or 'other params'}{suggestion(other[0], keys) if other else ''}"
             )
         label = f"param_groups[{k}]."
         checked = _options.check_options(options, label)

@@ -3,13 +3,14 @@
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import _options
-from ._containers import FixedSequence, check_same
+from ._containers import FixedSequence, check_any_given, check_same
 from ._groups import Groups, describe
+from ._names import check_attribute, check_keywords
 from ._result import StepResult
 from ._state import LoadedState, export_state, import_state
 from ._threads import each_alone, in_one_go, register
@@ -82,6 +83,13 @@ class Adam:
         For one out of range, for read-only, non-contiguous or overlapping
         arrays. The message names the argument, the rule and the value.
 
+    Notes
+    -----
+    An attribute that the class does not have cannot be set:
+    ``opt.learning_rate = 1`` raises AttributeError and names ``lr``. A class
+    of your own that derives from this one may have attributes of any name, as
+    may those that begin with an underscore.
+
     References
     ----------
     .. [1] Kingma and Ba, *Adam: A Method for Stochastic Optimization*, 2015,
@@ -111,6 +119,14 @@ class Adam:
     _grads: Any
     _own_grads: tuple[Any, ...]
 
+    if not TYPE_CHECKING:  # mypy would take it that every name can be set
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if not hasattr(type(self), name) and type(self) in (Adam, AdamW):
+                check_attribute(type(self), name)
+            super().__setattr__(name, value)
+
+    @check_keywords()
     def __init__(
         self,
         params: Any,
@@ -166,8 +182,9 @@ class Adam:
             "_own_grads": (),
         }
         # So that Ctrl-C cannot leave the old beside the new. (Not by way of vars(self): once
-        # Python has made that dict, every attribute takes it longer to find.)
-        in_one_go([(setattr, self, *pair) for pair in new.items()])
+        # Python has made that dict, every attribute takes it longer to find. And not by
+        # `__setattr__`, which is Python's.)
+        in_one_go([(object.__setattr__, self, *pair) for pair in new.items()])
 
     def add_param_group(self, group: Mapping[str, Any]) -> None:
         """Add parameters; from the next step on, ``grads`` has one entry a group.
@@ -213,7 +230,8 @@ class Adam:
             came; with groups, one entry a group. Each has its parameter's
             shape, dtype and memory order, and shares memory with nothing
             else here. None leaves its parameter, state, average and step
-            count as they are. By default the arrays of `grads`.
+            count as they are, but not all may be None. By default the arrays
+            of `grads`.
         grad_scale : float
             What the loss, and so the gradients, had been multiplied by: they
             are divided by it on their way, before they are clipped, > 0.
@@ -232,8 +250,9 @@ class Adam:
         TypeError, ValueError
             For a gradient that does not fit, a hyperparameter in
             ``param_groups`` out of range, or a schedule's factor that is NaN,
-            infinite or negative; if there is no argument, and nobody has asked
-            for `grads`. Nothing has then been changed.
+            infinite or negative; if every gradient is None; if there is no
+            argument, and nobody has asked for `grads`. Nothing has then been
+            changed.
         FloatingPointError
             With ``nonfinite="raise"``, for a gradient that holds NaN or
             infinity. Nothing has then been changed.
@@ -260,6 +279,8 @@ class Adam:
                 flat = self._take_own_grads()
             else:
                 flat = self._flatten(grads)
+                if flat and flat[0] is None:  # most steps look no further
+                    check_any_given(flat)
             if zero_grad is not False:
                 zero_grad = _options.flag(zero_grad, "zero_grad")
             lr = self._scalars.refresh(plan.step_count, self._schedule, grad_scale)
@@ -527,7 +548,7 @@ class Adam:
                     (dict.update, *pair)
                     for pair in zip(groups.options, loaded.options, strict=False)
                 ],
-                [(setattr, self, *pair) for pair in loaded.settings.items()],
+                [(object.__setattr__, self, *pair) for pair in loaded.settings.items()],
                 loaded.calls(),
             )
 
@@ -611,6 +632,7 @@ class AdamW(Adam):
     array([0.95, 0.95])
     """
 
+    @check_keywords()
     def __init__(
         self,
         params: Any,

@@ -176,7 +176,7 @@ P = np.ones((3, 4))
 BAD_GRADS = {
     "count": ([P], ValueError, "grads must have 2 entries .* got 1"),
     "too many": ([P, P, P], ValueError, "grads must have 2 entries .* got 3"),
-    "none": (None, TypeError, "grads must be a sequence, as params is, got NoneType"),
+    "none": (None, ValueError, "grads must be given in the shape of params, got None; has the"),
     "mapping": ({"a": P}, TypeError, "grads must be a sequence, as params is, got dict"),
     "array": (
         np.ones((2, 3, 4)),
@@ -319,11 +319,13 @@ def test_names():
     opt = fastadam.Adam(params)
     grad = np.ones(2)
     for grads, message in [
-        ({"a": grad}, r"1 missing \['b'\] and 0 unknown \[\]"),
-        ({"a": grad, "c": grad}, r"1 missing \['b'\] and 1 unknown \['c'\]"),
-        ({"a": grad, "b": None, "c": grad}, r"0 missing \[\] and 1 unknown \['c'\]"),
+        ({"a": grad}, "missing 'b'"),
+        ({"a": grad, "c": grad}, "missing 'b'; unknown 'c'"),
+        ({"a": grad, "b": None, "c": grad}, "unknown 'c'"),
+        (dict.fromkeys("abcdefghi", grad), "unknown 'c', 'd', 'e', 'f', 'g' and 2 more"),
     ]:
-        with pytest.raises(ValueError, match="grads must have the names of params .*" + message):
+        rule = r"grads must have the names of params \(None where there is no gradient\): "
+        with pytest.raises(ValueError, match=f"^{rule}{message}$"):
             opt.step(grads)
     with pytest.raises(TypeError, match="grads must be a mapping by name, as params is, got list"):
         opt.step([grad, grad])
@@ -545,7 +547,7 @@ def test_interrupts_at_any_moment(options):
 def test_a_gradient_mapping_is_only_read():
     grads = collections.defaultdict(lambda: np.ones(2), {"w": np.ones(2), "bias": np.ones(2)})
     opt = fastadam.Adam({"w": np.zeros(2), "b": np.zeros(2)})
-    with pytest.raises(ValueError, match=r"1 missing \['b'\] and 1 unknown \['bias'\]"):
+    with pytest.raises(ValueError, match="missing 'b'; unknown 'bias'"):
         opt.step(grads)
     assert set(grads) == {"w", "bias"}
 

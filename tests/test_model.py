@@ -120,6 +120,8 @@ class Model:
         lr = self.groups[0]["lr"] * factor if self.groups else 0.0
         norm, coefficient = None, 1.0
         there = {key: grad for key, grad in grads.items() if grad is not None}
+        if grads and not there:
+            raise RefusalError
         if self.max_grad_norm is not None or self.nonfinite != "propagate":
             wide = [grad.astype(np.float64) / grad_scale for grad in there.values()]
             norm = math.sqrt(sum(float(np.sum(grad * grad)) for grad in wide))

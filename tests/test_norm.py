@@ -94,7 +94,6 @@ def test_absent_gradients_count_for_nothing(rng):
     assert opt.step([None, grads[1], None]).grad_norm == pytest.approx(
         global_norm(grads[1:2]), rel=1e-15
     )
-    assert opt.step([None, None, None]).grad_norm == 0.0
     assert fastadam.Adam([], max_grad_norm=1.0).step([]).grad_norm == 0.0
 
 

@@ -112,6 +112,12 @@ def test_any_groups_over_any_steps(groups, tail, steps, zero_grad, kind, seed):
     for k, (scale, absent, bad) in enumerate(steps):
         # What is computed with NaN and infinity is not compared: tests/test_tail.py does.
         grads = draw_grads(rng, params, absent, None if nonfinite == "propagate" else bad)
+        if flat(grads) and all(grad is None for grad in flat(grads)):
+            before = picture(opt, flat(params))
+            with pytest.raises(ValueError, match=r"^at least one gradient must be given"):
+                take(opt, grads, False, {"grad_scale": scale, "zero_grad": zero_grad})
+            assert picture(opt, flat(params)) == before
+            continue
         norm = global_norm(flat(grads)) / scale
         own = kind == "own" or (kind == "in turn" and k % 2 == 0)
         options = {"grad_scale": scale, "zero_grad": zero_grad}

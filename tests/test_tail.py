@@ -339,7 +339,6 @@ def test_absent_gradients_are_not_looked_at(nonfinite):
     opt = fastadam.Adam([np.zeros(2), np.zeros(2)], nonfinite=nonfinite)
     result = opt.step([None, np.array([1.0, 2.0])])
     assert (result.skipped, result.grad_norm) == (False, math.sqrt(5.0))
-    assert opt.step([None, None]).grad_norm == 0.0
     bad = [None, np.array([1.0, math.inf])]
     if nonfinite == "skip":
         assert opt.step(bad).skipped

@@ -6,20 +6,27 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, compress, repeat, starmap
 from operator import call
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from .._names import check_attribute, check_keywords
 from .._options import as_float, is_real
 from .._result import StepResult
 from .._threads import each_alone, register
 from ..adam import Adam, take_turn
 
+__all__ = ["ObjectAdam", "from_objects"]
+
 _drain = deque[Any](maxlen=0).extend
 
 # The constructor's options that no state_dict holds.
 _KEPT = ("amsgrad", "schedule", "max_grad_norm", "nonfinite", "ema_decay")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
 
 
 class ObjectAdam:
@@ -41,6 +48,15 @@ class ObjectAdam:
     >>> round(x.data, 6), x.grad
     (2.9, 0.0)
     """
+
+    optimizer: Adam
+
+    if not TYPE_CHECKING:  # as in `Adam`
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if not hasattr(type(self), name) and type(self) is ObjectAdam:
+                check_attribute(ObjectAdam, name)
+            super().__setattr__(name, value)
 
     def __init__(
         self,
@@ -86,18 +102,18 @@ class ObjectAdam:
         self._read_values()
         self._lock = threading.Lock()
         # Of a step under way: the count of steps, what it was before, what is to be written.
-        self._unwritten: tuple[Any, int, Iterator[Any]] | None = None
+        # (A list, since each step writes to it, which `__setattr__` would make slow.)
+        self._unwritten: list[tuple[Any, int, Iterator[Any]]] = []
         register(self)
         self.optimizer = Adam(self._arrays, lr, betas, eps, **options)
 
     def _after_fork(self) -> None:
         """Be usable in a forked child: no thread that was in a step is there to end it."""
         self._lock = threading.Lock()
-        if self._unwritten is not None:
-            count, before, writes = self._unwritten
+        for count, before, writes in self._unwritten:
             if count[0] != before:
                 _drain(writes)
-            self._unwritten = None
+        del self._unwritten[:]
 
     def step(self, *, grad_scale: float = 1.0) -> StepResult:
         """Read every ``.grad``, update every ``.data``, reset every ``.grad`` to 0.
@@ -119,8 +135,8 @@ class ObjectAdam:
         ------
         TypeError, ValueError, FloatingPointError
             For a value or gradient of the wrong kind, or one that is not
-            finite where that is refused, as `Adam.step`. No object has then
-            been changed.
+            finite where that is refused, as `Adam.step`; if every ``.grad`` is
+            None. No object has then been changed.
         RuntimeError
             If a step is under way, in another thread.
 
@@ -136,7 +152,7 @@ class ObjectAdam:
             before = count[0]
             # Ready before the step: no signal's handler runs between it and their being made.
             writes = starmap(call, self._writes(grads))
-            self._unwritten = count, before, writes
+            self._unwritten[:] = [(count, before, writes)]  # no call: no signal comes in between
             try:
                 result = self.optimizer.step(grads, grad_scale=grad_scale, zero_grad=True)
             finally:
@@ -145,9 +161,9 @@ class ObjectAdam:
                         _drain(writes)
                     except BaseException:  # in a property of the user's, from it or from a signal
                         each_alone(self._writes(grads))
-                        self._unwritten = None
+                        del self._unwritten[:]
                         raise
-                self._unwritten = None
+                del self._unwritten[:]
             if result.skipped:
                 _drain(starmap(call, self._resets(grads)))
             return result
@@ -298,6 +314,7 @@ def _check_real(value: Any, label: str, rule: str) -> None:
         raise ValueError(f"{label} must fit a float, got an integer of more digits")
 
 
+@check_keywords(like=Adam)
 def from_objects(
     params: Iterable[Any],
     lr: float = 1e-2,
