@@ -10,6 +10,7 @@ from .interop.objects import from_objects
 
 if TYPE_CHECKING:
     from . import checkpoint as checkpoint
+    from . import interop as interop
     from . import schedules as schedules
     from .checkpoint import CheckpointError, load, save
 
@@ -24,10 +25,15 @@ __all__ = [
     "checkpoint",
     "compile",
     "from_objects",
+    "interop",
     "load",
     "save",
     "schedules",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
 
 
 def __getattr__(name: str) -> Any:

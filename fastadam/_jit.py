@@ -10,6 +10,7 @@ from numba import carray, config, get_num_threads, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from . import _notice
 from ._cache import KernelCache
 from ._formula import bind
 from ._threads import alone, undisturbed
@@ -48,15 +49,22 @@ def kernel(function: Callable[..., Any], *, parallel: bool = False, **constants:
                 get_num_threads()
         bound = bind(function, **constants)
         dispatcher = njit(parallel=parallel, nogil=parallel, **FLAGS)(bound)
+        folder = None
         with contextlib.suppress(RuntimeError, OSError):  # no folder: each process compiles
             dispatcher._cache = KernelCache(bound, variant=f"parallel={parallel} {constants}")
-    compile_for = dispatcher._compile_for_args
+            folder = dispatcher._cache.cache_path
+    compile_for, compile_anew = dispatcher._compile_for_args, dispatcher._compiler.compile
 
     def compile_undisturbed(*arguments: Any) -> Any:
         with undisturbed():
             return compile_for(*arguments)
 
+    def compile_with_notice(*arguments: Any) -> Any:
+        _notice.compiling(folder)
+        return compile_anew(*arguments)
+
     dispatcher._compile_for_args = compile_undisturbed  # which a call of other types makes
+    dispatcher._compiler.compile = compile_with_notice  # where the cache has no file for them
     return dispatcher
 
 

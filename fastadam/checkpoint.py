@@ -24,6 +24,10 @@ from .interop.objects import ObjectAdam
 __all__ = ["Checkpoint", "CheckpointError", "inspect", "load", "save"]
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """What a checkpoint says, apart from its tensors' values.

@@ -14,7 +14,7 @@ PUBLIC = [
     *(
         getattr(fastadam, name)
         for name in fastadam.__all__
-        if name not in ("CheckpointError", "__version__", "checkpoint", "schedules")
+        if name not in ("CheckpointError", "__version__", "checkpoint", "interop", "schedules")
     ),
     *(getattr(schedules, name) for name in schedules.__all__ if name != "Schedule"),
 ]
@@ -48,6 +48,19 @@ def test_public_methods(owner):
     for name, member in vars(owner).items():
         if not name.startswith("_"):
             assert inspect.getdoc(member), f"{owner.__name__}.{name} has no docstring"
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".schedules", ".checkpoint", ".interop", ".interop.objects", ".interop.torch"]
+)
+def test_dir_shows_the_public_names(name, optional):
+    if name == ".checkpoint":
+        optional("safetensors")
+    module = importlib.import_module(f"fastadam{name}")
+    assert dir(module) == sorted(module.__all__)
+    for public in dir(module):
+        assert getattr(module, public) is not None
+        assert public == "__version__" or not public.startswith("_")
 
 
 def test_all_is_what_there_is():

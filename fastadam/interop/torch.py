@@ -1,8 +1,12 @@
-"""State between `fastadam.Adam` and ``torch.optim.Adam``, ``AdamW``, in both directions."""
+"""Between fastadam and torch: state in both directions, and parameters on the CPU.
+
+To import this module has ``torch.load(weights_only=True)``, torch's default,
+take NumPy arrays: those of a ``state_dict`` that ``torch.save`` has written.
+"""
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -11,6 +15,8 @@ import numpy.typing as npt
 
 from .. import _options
 from ..adam import Adam
+
+__all__ = ["CPUParams", "from_torch", "to_torch"]
 
 # What torch.optim.Adam's groups hold beside fastadam's hyperparameters: as torch makes them.
 _TORCHS_OWN = {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
@@ -26,6 +32,96 @@ _VALID = {
     "decoupled_weight_decay": False,
     "maximize": False,
 }
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def _have_torch_load_arrays() -> None:
+    """Add what a pickled array of float32 or float64 is made of to what torch loads."""
+    try:
+        import torch
+    except (ImportError, OSError):  # OSError: a library of torch's is missing
+        return
+    rebuild: Any = np.zeros(0).__reduce__()[0]
+    dtypes = [type(np.dtype(name)) for name in ("float32", "float64")]
+    if hasattr(torch.serialization, "add_safe_globals"):  # of torch 2.4; older ones need none
+        torch.serialization.add_safe_globals([rebuild, np.ndarray, np.dtype, *dtypes])
+
+
+_have_torch_load_arrays()
+
+
+class CPUParams:
+    """Parameters of a torch module on the CPU, as arrays that fastadam updates.
+
+    Torch's parameters and these arrays share memory. The arrays hold on to
+    where a parameter lay when this was made, and torch may give it other memory
+    later: ``param.data = other``, ``module.to(...)`` and ``module.half()`` do.
+    `grads` then raises, rather than let the optimizer go on in the old memory.
+
+    Parameters
+    ----------
+    named_parameters : iterable of (str, tensor), or mapping
+        As of ``module.named_parameters()``.
+
+    Attributes
+    ----------
+    arrays : dict
+        The parameters by name: what to give to `Adam`.
+
+    Raises
+    ------
+    ValueError
+        If a parameter is not on the CPU. (`Adam` takes CUDA tensors as they
+        are.)
+
+    Examples
+    --------
+    >>> import torch, fastadam                            # doctest: +SKIP
+    >>> from fastadam.interop.torch import CPUParams
+    >>> model = torch.nn.Linear(3, 1)                     # doctest: +SKIP
+    >>> params = CPUParams(model.named_parameters())      # doctest: +SKIP
+    >>> opt = fastadam.Adam(params.arrays)                # doctest: +SKIP
+    >>> model(torch.ones(3)).sum().backward()             # doctest: +SKIP
+    >>> opt.step(params.grads()).step                     # doctest: +SKIP
+    0
+    """
+
+    def __init__(self, named_parameters: Iterable[tuple[str, Any]] | Mapping[str, Any]) -> None:
+        self._tensors = dict(named_parameters)
+        for name, tensor in self._tensors.items():
+            if tensor.device.type != "cpu":
+                raise ValueError(f"{name!r} must be on the CPU, got one on {tensor.device}")
+        self._places = {name: tensor.data_ptr() for name, tensor in self._tensors.items()}
+        self.arrays = {name: tensor.detach().numpy() for name, tensor in self._tensors.items()}
+
+    def grads(self) -> dict[str, npt.NDArray[Any] | None]:
+        """Return every parameter's ``.grad`` as an array that shares its memory.
+
+        Returns
+        -------
+        dict
+            The gradients by name, None where torch has none: what to give to
+            `Adam.step`.
+
+        Raises
+        ------
+        ValueError
+            If a parameter has been given other memory.
+        """
+        grads: dict[str, npt.NDArray[Any] | None] = {}
+        for name, tensor in self._tensors.items():
+            if tensor.data_ptr() != self._places[name]:
+                raise ValueError(
+                    f"{name!r} must keep the memory that it had when CPUParams was made, got"
+                    f" other memory; param.data = other, module.to() and the like replace it:"
+                    f" copy with param.data.copy_(other), or make CPUParams and the optimizer anew"
+                )
+            grad = tensor.grad
+            grads[name] = None if grad is None else grad.numpy()
+        return grads
 
 
 def to_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
