@@ -270,8 +270,8 @@ def test_torch_parameters_without_a_gradient_for_some_steps(
         grads[-1] = None  # never any: no state in torch, zeros here
         if k < 15:
             grads[3] = None  # a late start, with the bias correction of a first step
-        if k == 20:
-            grads = [None] * len(grads)
+        if k == 20 or all(grad is None for grad in grads):  # there must be one
+            grads = [np.ones_like(params[0]), *[None] * (len(grads) - 1)]
         pair.step(grads)
         pair.check()
     steps = [state["step"] for state in pair.opt.state.values()]
