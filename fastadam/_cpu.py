@@ -74,9 +74,10 @@ adam_update = _jit.inline(_formula.bind(_formula.adam_update, fma=_jit.fma))
 _several, _note = _thread_choice.several, _thread_choice.note
 
 _INT64, _FLOAT64 = np.int64(0), np.float64(0)
-# What a kernel is compiled for: the parameters' type, and for each option True, or
-# None where it is off. `_jit.kernel` puts other values in the place of these.
-FLOAT, AMSGRAD, AVERAGE, ZERO_GRAD = np.float64, None, None, None
+# What a kernel is compiled for: the parameters' type, its smallest normal number, and for
+# each option True, or None where it is off. `_jit.kernel` puts other values in the place of
+# these.
+FLOAT, TINY, AMSGRAD, AVERAGE, ZERO_GRAD = np.float64, 0.0, None, None, None
 
 
 @_jit.inline
@@ -89,10 +90,11 @@ def read(context: Any) -> Any:
 
 
 @_jit.inline
-def prepare(fields: Any, tensors: Any, scalars: Any) -> None:
+def prepare(fields: Any, tensors: Any, scalars: Any, tiny: Any) -> None:
     """Count the step of every tensor that has a gradient; give it its row of scalars.
 
-    Tensors of one group and one step share a row: as a rule, a row a group.
+    Tensors of one group and one step share a row: as a rule, a row a group. ``tiny`` is
+    the smallest normal number of their type.
     """
     groups = table(fields[GROUPS], fields[GROUP_COUNT], GROUP_COLUMNS, _FLOAT64)
     row, group, step = -1, -1, -1
@@ -102,7 +104,7 @@ def prepare(fields: Any, tensors: Any, scalars: Any) -> None:
             if row < 0 or tensors[t, GROUP] != group or tensors[t, STEP] != step:
                 row, group, step = row + 1, tensors[t, GROUP], tensors[t, STEP]
                 g = groups[group]
-                values = step_scalars(g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], step)
+                values = step_scalars(g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], step, tiny)
                 for k, value in enumerate(values):
                     scalars[row, k] = value  # float64 to the parameter's type, once
             tensors[t, ROW] = row
@@ -127,7 +129,7 @@ def update_elements(
     """
     grad_factor, decay, beta1, one_minus_beta1 = s[0], s[2], s[3], s[4]
     beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps = s[5], s[6], s[7], s[8], s[9]
-    one_minus_ema_decay = s[10]
+    one_minus_ema_decay, tiny, tiny_grad, tiny_root = s[10], s[11], s[12], s[13]
     for i in range(size):
         p, m, v, x, e = adam_update(
             load(param, i, eps, PARAM),
@@ -138,6 +140,7 @@ def update_elements(
             load(ema, i, eps, EMA),
             grad_factor, l2, decay, beta1, one_minus_beta1,
             beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps, one_minus_ema_decay,
+            tiny, tiny_grad, tiny_root,
         )  # fmt: skip
         store(param, i, p, PARAM)
         store(exp_avg, i, m, EXP_AVG)
@@ -243,7 +246,7 @@ def update_serial(context: Any, grads: Any) -> Any:
         return REFUSED
     fields, tensors, chunks = read(context)
     scalars = table(fields[ROWS], tensors.shape[0], SCALARS, FLOAT(0))
-    prepare(fields, tensors, scalars)
+    prepare(fields, tensors, scalars, TINY)
     for c in range(chunks.shape[0]):
         update_chunk(chunks[c], tensors, scalars, FLOAT(0), AMSGRAD, AVERAGE, ZERO_GRAD)
     return count_step(fields)
@@ -253,7 +256,7 @@ def update_parallel(context: Any, grads: Any) -> Any:  # noqa: ARG001
     """Take one step in several threads, the table having the gradients' addresses already."""
     fields, tensors, chunks = read(context)
     scalars = table(fields[ROWS], tensors.shape[0], SCALARS, FLOAT(0))
-    prepare(fields, tensors, scalars)
+    prepare(fields, tensors, scalars, TINY)
     started, available = clock(), thread_count()
     workers = share_out(fields, tensors, UPDATE_CHOICE)
     set_thread_count(workers)  # of which alone the loop waits
@@ -315,6 +318,7 @@ def update_kernel(
         update_parallel if parallel else update_serial,
         parallel=parallel,
         FLOAT=dtype.type,
+        TINY=float(np.finfo(dtype).tiny),
         AMSGRAD=amsgrad or None,
         AVERAGE=average or None,
         ZERO_GRAD=zero_grad or None,

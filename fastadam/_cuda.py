@@ -78,6 +78,7 @@ SMALL, LARGE = 1e-280, 1e300
 LARGEST_SCALE = 1000
 
 INT64, DOUBLE, SINGLE, ONE = np.int64(0), np.float64(0), np.float32(0), np.float64(1)
+SINGLE_TINY, DOUBLE_TINY = (np.float64(np.finfo(kind).tiny) for kind in (np.float32, np.float64))
 # What a kernel is compiled for: the gradients' type, and for each option True, or None
 # where it is off. `Kernel` puts other values in the place of these.
 FLOAT = np.float64
@@ -209,14 +210,15 @@ def prepare(context: Any, k: Any, groups: Any, coefficient: Any) -> None:
     step = load(tensor, STEP, INT64) + 1
     store(tensor, STEP, step)
     group = groups + load(tensor, GROUP, INT64) * (8 * GROUP_COLUMNS)
+    is_double = load(load(context, IS_DOUBLE, INT64), load(tensor, TENSOR_DTYPE, INT64), INT64)
     s = step_scalars(
         load(group, LR, DOUBLE), load(group, BETA1, DOUBLE), load(group, BETA2, DOUBLE),
         load(group, EPS, DOUBLE), load(group, L2, DOUBLE), load(group, WEIGHT_DECAY, DOUBLE),
         mul(load(group, GRAD_FACTOR, DOUBLE), coefficient),
-        load(group, ONE_MINUS_EMA_DECAY, DOUBLE), step,
+        load(group, ONE_MINUS_EMA_DECAY, DOUBLE), step, DOUBLE_TINY if is_double else SINGLE_TINY,
     )  # fmt: skip
     row = load(context, ROWS, INT64) + k * ROW_BYTES
-    if load(load(context, IS_DOUBLE, INT64), load(tensor, TENSOR_DTYPE, INT64), INT64):
+    if is_double:
         write_scalars(row, s, DOUBLE)
     else:
         write_scalars(row, s, SINGLE)
@@ -236,6 +238,9 @@ def write_scalars(row: Any, s: Any, like: Any) -> None:
     store(row, 8, convert(s[8], like))
     store(row, 9, convert(s[9], like))
     store(row, 10, convert(s[10], like))
+    store(row, 11, convert(s[11], like))
+    store(row, 12, convert(s[12], like))
+    store(row, 13, convert(s[13], like))
 
 
 @_device.inline

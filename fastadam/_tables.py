@@ -27,8 +27,8 @@ CHUNK_COLUMNS = 3
 # Elements in a chunk, the unit of work of a thread and of a sum: under 1 microsecond.
 CHUNK = 8192
 # The scalars of one step: what `_formula.step_scalars` returns.
-SCALARS = 11
-# The columns of a group's row of float64: the arguments of `_formula.step_scalars` but the step.
+SCALARS = 14
+# The columns of a group's row of float64: the first arguments of `_formula.step_scalars`.
 LR, BETA1, BETA2, EPS, L2, WEIGHT_DECAY, GRAD_FACTOR, ONE_MINUS_EMA_DECAY = range(8)
 GROUP_COLUMNS = 8
 # The ends of an interval of memory.
