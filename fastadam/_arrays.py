@@ -13,6 +13,9 @@ _HINTS = {
     "jaxlib": "; JAX arrays cannot be updated in place",
 }
 
+# DLPack's name for the memory of the host.
+_HOST = 1
+
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 
 
@@ -36,28 +39,58 @@ def check_param(array: Any, label: str) -> None:
     _check_layout(array, label)
 
 
-def check_grad(grad: Any, param: npt.NDArray[Any], label: str) -> None:
-    """Refuse a gradient whose elements do not pair with the parameter's, one by one.
+def take_grad(
+    grad: Any, param: npt.NDArray[Any], label: str, writable: bool
+) -> npt.NDArray[np.floating]:
+    """Return a gradient as a plain array over its memory, or refuse it.
+
+    It may be an array of another library in the host's memory, which need only be
+    read, or a NumPy scalar, as arithmetic on 0-d arrays gives.
 
     Raises
     ------
     TypeError
-        If it is no NumPy array, or not of the parameter's dtype.
+        If it is no array, or not of the parameter's dtype.
     ValueError
-        If its shape or its memory order is not the parameter's.
+        If its elements do not pair with the parameter's, one by one, in shape and memory
+        order; if it is read-only and must be ``writable``.
     """
-    _check_kind(grad, label)
-    grad = grad.view(np.ndarray)  # whatever a subclass says of itself
-    check_alike(grad, param, label)
-    _check_layout(grad, label)
-    same_order = grad.flags.c_contiguous if param.flags.c_contiguous else grad.flags.f_contiguous
+    array = _as_array(grad, label)
+    check_alike(array, param, label)
+    _check_layout(array, label)
+    same_order = array.flags.c_contiguous if param.flags.c_contiguous else array.flags.f_contiguous
     if not same_order:
         order = "C" if param.flags.c_contiguous else "Fortran"
         raise ValueError(
             f"{label} must be laid out in {order} order, as its parameter is, got strides"
-            f" {grad.strides} for shape {grad.shape}; numpy.asarray(grad,"
+            f" {array.strides} for shape {array.shape}; numpy.asarray(grad,"
             f" order={order[0]!r}) makes such a copy"
         )
+    if writable and (isinstance(grad, np.generic) or not array.flags.writeable):
+        kind = "a NumPy scalar" if isinstance(grad, np.generic) else "a read-only array"
+        raise ValueError(f"{label} must be writable for zero_grad=True, got {kind}")
+    return array
+
+
+def _as_array(grad: Any, label: str) -> npt.NDArray[Any]:
+    """Return a gradient's memory as a plain array, without a copy."""
+    if isinstance(grad, np.ndarray) and not isinstance(grad, np.ma.MaskedArray):
+        return grad.view(np.ndarray)  # whatever a subclass says of itself
+    if isinstance(grad, np.generic):
+        return np.asarray(grad)
+    kind = type(grad)
+    try:
+        if hasattr(kind, "__array_interface__"):
+            return np.asarray(grad)
+        if hasattr(kind, "__dlpack__") and grad.__dlpack_device__()[0] == _HOST:
+            return np.from_dlpack(grad)
+    except Exception as error:  # whatever another library raises
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        raise TypeError(
+            f"{label} must be readable as a NumPy array without a copy, got {name}: {error}"
+        ) from error
+    _check_kind(grad, label)
+    raise AssertionError("a masked array is refused")
 
 
 def check_alike(grad: Any, param: Any, label: str) -> None:

@@ -10,6 +10,7 @@ from . import _formula, _jit, _reader, _thread_choice
 from ._jit import (
     clock,
     fetch_add,
+    largest_magnitude,
     load,
     only_if,
     set_thread_count,
@@ -64,7 +65,7 @@ SERIAL_BELOW = 65_536
 # What a kernel returns that has done nothing, since the gradients need a closer look.
 REFUSED = -1
 
-look = _reader.look
+look, accept = _reader.look, _reader.accept
 one_minus_power = _jit.inline(_formula.bind(_formula.one_minus_power, fma=_jit.fma, mul=_jit.mul))
 step_scalars = _jit.inline(
     _formula.bind(_formula.step_scalars, fma=_jit.fma, one_minus_power=one_minus_power)
@@ -78,6 +79,7 @@ _INT64, _FLOAT64 = np.int64(0), np.float64(0)
 # each option True, or None where it is off. `_jit.kernel` puts other values in the place of
 # these.
 FLOAT, TINY, AMSGRAD, AVERAGE, ZERO_GRAD = np.float64, 0.0, None, None, None
+LARGEST = None  # in place of the sum of squares
 
 
 @_jit.inline
@@ -175,23 +177,37 @@ def update_chunk(
 
 
 @_jit.inline
-def sum_chunk(chunk: Any, tensors: Any, scale: Any, zero: Any) -> Any:
-    """Sum the squares of a chunk's gradients, 0 if there are none."""
+def measure_chunk(chunk: Any, tensors: Any, scale: Any, zero: Any, largest: Any) -> Any:
+    """Sum the squares of a chunk's gradients, or find the largest; 0 if there are none."""
     tensor = tensors[chunk[CHUNK_TENSOR]]
     if tensor[GRAD] == 0:
         return 0.0
-    return sum_squares(tensor[GRAD] + chunk[CHUNK_OFFSET], chunk[CHUNK_SIZE], scale, zero)
+    place, size = tensor[GRAD] + chunk[CHUNK_OFFSET], chunk[CHUNK_SIZE]
+    if largest is None:
+        return sum_squares(place, size, scale, zero)
+    return largest_magnitude(place, size, scale, zero)
 
 
 @_jit.inline
-def add_up(sums: Any) -> Any:
-    """Add in pairs, pairs of pairs and so on: in one order, whoever made the terms."""
-    count, stride = sums.size, 1
+def combine(values: Any, largest: Any) -> Any:
+    """Add in pairs, pairs of pairs and so on: in one order, whoever made the terms.
+
+    Or return the largest, NaN if there is one.
+    """
+    if largest is not None:
+        result = 0.0
+        for value in values:
+            if not value <= result:
+                result = value
+            if result != result:
+                break
+        return result
+    count, stride = values.size, 1
     while stride < count:
         for k in range(0, count - stride, 2 * stride):
-            sums[k] += sums[k + stride]
+            values[k] += values[k + stride]
         stride *= 2
-    return sums[0] if count > 0 else 0.0
+    return values[0] if count > 0 else 0.0
 
 
 @_jit.inline
@@ -273,32 +289,36 @@ def update_parallel(context: Any, grads: Any) -> Any:  # noqa: ARG001
     return count_step(fields)
 
 
-def sum_serial(context: Any, scale: Any) -> Any:
-    """Sum ``(scale*g)**2`` over all gradients of one dtype, in float64."""
+def measure_serial(context: Any, scale: Any) -> Any:
+    """Sum ``(scale*g)**2`` over all gradients of one dtype, in float64.
+
+    Or find the largest ``abs(scale*g)``, in that dtype; that of each chunk then stays in
+    the table SUMS.
+    """
     fields, tensors, chunks = read(context)
-    sums = table(fields[SUMS], 1, chunks.shape[0], _FLOAT64)[0]
+    values = table(fields[SUMS], 1, chunks.shape[0], _FLOAT64)[0]
     for c in range(chunks.shape[0]):
-        sums[c] = sum_chunk(chunks[c], tensors, scale, FLOAT(0))
-    return add_up(sums)
+        values[c] = measure_chunk(chunks[c], tensors, scale, FLOAT(0), LARGEST)
+    return combine(values, LARGEST)
 
 
-def sum_parallel(context: Any, scale: Any) -> Any:
+def measure_parallel(context: Any, scale: Any) -> Any:
     """Do the same in several threads: the terms are the same, and their order."""
     fields, tensors, chunks = read(context)
-    sums = table(fields[SUMS], 1, chunks.shape[0], _FLOAT64)[0]
+    values = table(fields[SUMS], 1, chunks.shape[0], _FLOAT64)[0]
     started, available = clock(), thread_count()
     workers = share_out(fields, tensors, SUM_CHOICE)
-    set_thread_count(workers)  # of which alone the loop waits
+    set_thread_count(workers)
     for w in prange(workers):
         for k in range(workers):
             owner = (w + k) % workers
             c = next_chunk(fields, workers, owner)
             while c >= 0:
-                sums[c] = sum_chunk(chunks[c], tensors, scale, FLOAT(0))
+                values[c] = measure_chunk(chunks[c], tensors, scale, FLOAT(0), LARGEST)
                 c = next_chunk(fields, workers, owner)
     set_thread_count(available)
     note_time(fields, SUM_CHOICE, workers, started)
-    return add_up(sums)
+    return combine(values, LARGEST)
 
 
 def look_at(context: Any, grads: Any, writable: Any) -> Any:
@@ -306,7 +326,13 @@ def look_at(context: Any, grads: Any, writable: Any) -> Any:
     return look(context, grads, writable)
 
 
+def accept_all(context: Any) -> Any:
+    """Take the gradients that have been looked at, here or in Python."""
+    return accept(context)
+
+
 look_kernel = _jit.kernel(look_at)
+accept_kernel = _jit.kernel(accept_all)
 
 
 @functools.cache
@@ -326,8 +352,11 @@ def update_kernel(
 
 
 @functools.cache
-def sum_kernel(dtype: np.dtype[Any], *, parallel: bool) -> Any:
-    """Return the kernel that sums the squares of such gradients."""
+def sum_kernel(dtype: np.dtype[Any], *, parallel: bool, largest: bool = False) -> Any:
+    """Return the kernel that sums the squares of such gradients, or finds the largest."""
     return _jit.kernel(
-        sum_parallel if parallel else sum_serial, parallel=parallel, FLOAT=dtype.type
+        measure_parallel if parallel else measure_serial,
+        parallel=parallel,
+        FLOAT=dtype.type,
+        LARGEST=largest or None,
     )

@@ -16,7 +16,7 @@ from ._cuda_grads import Grads, lie_at
 from ._cuda_messages import SLOTS, Mailbox, Results
 from ._cuda_scalars import MOST_TABLES, DeviceScalars, StepCount
 from ._cuda_tables import CAPTURED, EAGER, DeviceTables, place_of
-from ._limits import find_nonfinite
+from ._limits import nonfinite_message
 from ._memory import Memory
 from ._result import Outcome, PendingResult, StepResult
 from ._state import ParamState, all_arrays
@@ -238,15 +238,12 @@ class Plan:
 
     def _raise_if_skipped(self, outcome: Outcome, grads: tuple[Any, ...]) -> None:
         if outcome.resolve().skipped:
-            on_host = [
-                None if grad is None else view(grad, label, writable=False).copy_to_host()
-                for grad, label in zip(grads, self._labels, strict=True)
-            ]
-            raise FloatingPointError(
-                find_nonfinite(
-                    on_host, self._labels, self._scalars.inverse, math.inf, self._scalars.largest
-                )
-            )
+            for grad, label in zip(grads, self._labels, strict=True):
+                if grad is not None:
+                    on_host = view(grad, label, writable=False).copy_to_host()
+                    message = nonfinite_message(on_host, label, self._scalars.inverse)
+                    if message is not None:
+                        raise FloatingPointError(message)
 
     @contextlib.contextmanager
     def _stream(self, limits: Any) -> Iterator[tuple[int, int]]:

@@ -48,19 +48,23 @@ def update4(
     e0, e1, e2, e3 = load4(ema, i, eps)
     p0, m0, v0, x0, e0 = adam_update(
         p0, g0, m0, v0, x0, e0, grad_factor, l2, decay, beta1, one_minus_beta1,
-        beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps, average, tiny, tiny_grad, tiny_root,
+        beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps, average,
+        tiny, tiny_grad, tiny_root,
     )  # fmt: skip
     p1, m1, v1, x1, e1 = adam_update(
         p1, g1, m1, v1, x1, e1, grad_factor, l2, decay, beta1, one_minus_beta1,
-        beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps, average, tiny, tiny_grad, tiny_root,
+        beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps, average,
+        tiny, tiny_grad, tiny_root,
     )  # fmt: skip
     p2, m2, v2, x2, e2 = adam_update(
         p2, g2, m2, v2, x2, e2, grad_factor, l2, decay, beta1, one_minus_beta1,
-        beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps, average, tiny, tiny_grad, tiny_root,
+        beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps, average,
+        tiny, tiny_grad, tiny_root,
     )  # fmt: skip
     p3, m3, v3, x3, e3 = adam_update(
         p3, g3, m3, v3, x3, e3, grad_factor, l2, decay, beta1, one_minus_beta1,
-        beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps, average, tiny, tiny_grad, tiny_root,
+        beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps, average,
+        tiny, tiny_grad, tiny_root,
     )  # fmt: skip
     store4(param, i, p0, p1, p2, p3)
     store4(exp_avg, i, m0, m1, m2, m3)
@@ -85,7 +89,8 @@ def update1(
         load(param, i, eps), load(grad, i, eps), load(exp_avg, i, eps), load(exp_avg_sq, i, eps),
         load(max_exp_avg_sq, i, eps), load(ema, i, eps),
         grad_factor, l2, decay, beta1, one_minus_beta1,
-        beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps, average, tiny, tiny_grad, tiny_root,
+        beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps, average,
+        tiny, tiny_grad, tiny_root,
     )  # fmt: skip
     store(param, i, p)
     store(exp_avg, i, m)

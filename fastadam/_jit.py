@@ -241,65 +241,120 @@ def clock(typing_context: Any) -> Any:
     return types.int64(), codegen
 
 
+def _splat(builder: Any, value: Any) -> Any:
+    """Return a vector with the value in every lane."""
+    vector = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
+    for lane in range(LANES):
+        vector = builder.insert_element(vector, value, ir.IntType(32)(lane))
+    return vector
+
+
+def _over_lanes(
+    builder: Any, address: Any, size: Any, element: Any, zero: Any, include: Any, combine: Any
+) -> Any:
+    """Write the code that makes one number of ``size`` elements at an address; return it.
+
+    Element i goes to lane ``i % LANES``, and the lanes are combined in halves. The
+    order is written out in vectors, which the compiler cuts to the registers
+    there are: left to itself it would go one by one, or in an order of its own.
+
+    Parameters
+    ----------
+    element : type
+        An element's.
+    zero : constant
+        What each lane begins as.
+    include : callable
+        From elements and lanes, a vector of each or one of each, to new lanes.
+    combine : callable
+        From two vectors of lanes to one.
+    """
+    data = builder.inttoptr(address, element.as_pointer())
+    width, index = size.type(LANES), ir.IntType(32)
+    elements = ir.VectorType(element, LANES).as_pointer()
+    total = cgutils.alloca_once_value(
+        builder, ir.Constant(ir.VectorType(zero.type, LANES), [zero] * LANES)
+    )
+    blocks = builder.udiv(size, width)
+    with cgutils.for_range(builder, blocks) as loop:
+        block = builder.bitcast(builder.gep(data, [builder.mul(loop.index, width)]), elements)
+        values = builder.load(block, align=8 if element == ir.DoubleType() else 4)
+        builder.store(include(values, builder.load(total)), total)
+    # What is left over goes to the first lanes.
+    lanes = cgutils.alloca_once_value(builder, builder.load(total))
+    first = builder.bitcast(lanes, zero.type.as_pointer())
+    done = builder.mul(blocks, width)
+    with cgutils.for_range(builder, builder.sub(size, done)) as loop:
+        value = builder.load(builder.gep(data, [builder.add(done, loop.index)]))
+        lane = builder.gep(first, [loop.index])
+        builder.store(include(value, builder.load(lane)), lane)
+    vector, half = builder.load(lanes), LANES // 2
+    while half:
+        low, high = (
+            ir.Constant(ir.VectorType(index, half), list(range(start, start + half)))
+            for start in (0, half)
+        )
+        vector = combine(
+            builder.shuffle_vector(vector, vector, low),
+            builder.shuffle_vector(vector, vector, high),
+        )
+        half //= 2
+    return builder.extract_element(vector, index(0))
+
+
+def _call(builder: Any, name: str, *arguments: Any) -> Any:
+    """Call one of LLVM's functions on values of one type, which ends its name."""
+    kind = arguments[0].type
+    scalar, lanes = (kind.element, kind.count) if isinstance(kind, ir.VectorType) else (kind, 0)
+    suffix = f"{f'v{lanes}' if lanes else ''}{'f64' if scalar == ir.DoubleType() else 'f32'}"
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(kind, [kind] * len(arguments)), f"llvm.{name}.{suffix}"
+    )
+    return builder.call(function, arguments)
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def sum_squares(typing_context: Any, address: Any, size: Any, scale: Any, like: Any) -> Any:
-    """Sum ``(scale*x)**2`` over ``size`` numbers of the type of ``like``, in float64.
-
-    Element i goes to lane ``i % LANES``, and the lanes are added in halves. The
-    order is written out in vectors, which the compiler cuts to the registers
-    there are: left to itself it would sum one by one, or in an order of its own.
-    """
+    """Sum ``(scale*x)**2`` over ``size`` numbers of the type of ``like``, in float64."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         narrow, wide = context.get_value_type(like), ir.DoubleType()
-        narrows, wides = ir.VectorType(narrow, LANES), ir.VectorType(wide, LANES)
-        data = builder.inttoptr(args[0], narrow.as_pointer())
-        fused = {
-            kind: cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(kind, [kind] * 3), f"llvm.fma.{suffix}"
-            )
-            for kind, suffix in ((wide, "f64"), (wides, f"v{LANES}f64"))
-        }
+        scales = _splat(builder, args[2])
 
-        def add_square(value: Any, total: Any, kind: Any) -> Any:
-            factor = args[2]
-            if kind is wides:
-                factor = ir.Constant(wides, ir.Undefined)
-                for lane in range(LANES):
-                    factor = builder.insert_element(factor, args[2], ir.IntType(32)(lane))
+        def include(value: Any, total: Any) -> Any:
             if narrow != wide:
-                value = builder.fpext(value, kind)
-            value = builder.fmul(value, factor)
-            return builder.call(fused[kind], [value, value, total])
+                value = builder.fpext(value, total.type)
+            value = builder.fmul(value, args[2] if total.type == wide else scales)
+            return _call(builder, "fma", value, value, total)
 
-        zero = ir.Constant(wides, [0.0] * LANES)
-        total = cgutils.alloca_once_value(builder, zero)
-        blocks = builder.udiv(args[1], args[1].type(LANES))
-        with cgutils.for_range(builder, blocks) as loop:
-            block = builder.gep(data, [builder.mul(loop.index, args[1].type(LANES))])
-            block = builder.bitcast(block, narrows.as_pointer())
-            align = context.get_abi_sizeof(narrow)
-            values = builder.load(block, align=align)
-            builder.store(add_square(values, builder.load(total), wides), total)
-        # What is left over goes to the first lanes.
-        lanes = cgutils.alloca_once_value(builder, builder.load(total))
-        first = builder.bitcast(lanes, wide.as_pointer())
-        done = builder.mul(blocks, args[1].type(LANES))
-        with cgutils.for_range(builder, builder.sub(args[1], done)) as loop:
-            value = builder.load(builder.gep(data, [builder.add(done, loop.index)]))
-            lane = builder.gep(first, [loop.index])
-            builder.store(add_square(value, builder.load(lane), wide), lane)
-        vector, half = builder.load(lanes), LANES // 2
-        while half:
-            low, high = (
-                ir.Constant(ir.VectorType(ir.IntType(32), half), list(range(start, start + half)))
-                for start in (0, half)
-            )
-            vector = builder.fadd(
-                builder.shuffle_vector(vector, vector, low),
-                builder.shuffle_vector(vector, vector, high),
-            )
-            half //= 2
-        return builder.extract_element(vector, ir.IntType(32)(0))
+        return _over_lanes(builder, args[0], args[1], narrow, wide(0.0), include, builder.fadd)
+
+    return types.float64(types.int64, types.int64, types.float64, like), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def largest_magnitude(typing_context: Any, address: Any, size: Any, scale: Any, like: Any) -> Any:
+    """Return the largest ``abs(scale*x)`` of ``size`` numbers of the type of ``like``.
+
+    ``scale`` is cast to that type first. NaN if any is NaN: the bits of magnitudes, as
+    integers, have the order of the numbers, and NaN comes last.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        narrow = context.get_value_type(like)
+        integer = ir.IntType(like.bitwidth)
+        scale = args[2] if narrow == args[2].type else builder.fptrunc(args[2], narrow)
+        scales = _splat(builder, scale)
+
+        def include(value: Any, largest: Any) -> Any:
+            value = builder.fmul(value, scale if largest.type == integer else scales)
+            return larger(builder.bitcast(_call(builder, "fabs", value), largest.type), largest)
+
+        def larger(a: Any, b: Any) -> Any:
+            return builder.select(builder.icmp_unsigned(">", a, b), a, b)
+
+        bits = _over_lanes(builder, args[0], args[1], narrow, integer(0), include, larger)
+        value = builder.bitcast(bits, narrow)
+        return value if narrow == ir.DoubleType() else builder.fpext(value, ir.DoubleType())
 
     return types.float64(types.int64, types.int64, types.float64, like), codegen

@@ -1,10 +1,9 @@
 """Gradients that are too large, or not finite."""
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 
 def clip_coefficient(norm: float, max_grad_norm: float | None) -> float:
@@ -15,28 +14,16 @@ def clip_coefficient(norm: float, max_grad_norm: float | None) -> float:
     return 1.0 if coefficient > 1.0 else coefficient  # NaN stays NaN
 
 
-def find_nonfinite(
-    grads: Sequence[Any], labels: Sequence[str], factor: float, norm: float, largest: float
-) -> str | None:
-    """Return a message on the first gradient that, times a factor, is not finite.
-
-    ``norm`` is that of all of them, and ``largest`` what their dtypes hold.
-    """
-    # As a rule the norm tells. Where it does not, elements are looked at: near the
-    # largest number it may be the factor's own rounding that leads beyond it.
-    if norm <= 0.99 * largest:
+def nonfinite_message(grad: npt.NDArray[np.floating], label: str, factor: float) -> str | None:
+    """Return a message on the first element that, times a factor, is not finite; or None."""
+    with np.errstate(all="ignore"):
+        scaled = grad * grad.dtype.type(factor)
+    good = np.isfinite(scaled)
+    if good.all():
         return None
-    for grad, label in zip(grads, labels, strict=True):
-        if grad is not None:
-            with np.errstate(over="ignore", invalid="ignore"):
-                scaled = np.asarray(grad) * grad.dtype.type(factor)
-            good = np.isfinite(scaled)
-            if not good.all():
-                place = np.unravel_index(int(np.argmin(good)), good.shape)
-                where = f"[{', '.join(map(str, place))}]" if place else ""
-                value = float(scaled[place])
-                return (
-                    f"{label} must be finite, divided by grad_scale, got {value!r} at"
-                    f" {label}{where}"
-                )
-    return None
+    place = np.unravel_index(int(np.argmin(good)), good.shape)
+    where = f"[{', '.join(map(str, place))}]" if place else ""
+    return (
+        f"{label} must be finite, divided by grad_scale, got {float(scaled[place])!r} at"
+        f" {label}{where}"
+    )

@@ -11,19 +11,24 @@ import numpy.typing as npt
 from numba import config
 
 from . import _cpu, _reader
-from ._arrays import address, check_grad, check_param, dtype_mark
-from ._limits import clip_coefficient, find_nonfinite
+from ._arrays import address, check_param, dtype_mark, take_grad
+from ._limits import clip_coefficient, nonfinite_message
 from ._memory import Memory
 from ._result import StepResult
 from ._scalars import Scalars
 from ._state import ParamState, all_arrays
 from ._tables import (
+    BYTES,
+    CHUNK_TENSOR,
     DTYPE_MARK,
+    FOUND,
     GRAD,
     GROUP_COUNT,
     GROUPS,
     NDARRAY,
     NONE,
+    ODD,
+    ODD_COUNT,
     OWN_COUNT,
     OWN_MEMORY,
     PARAM,
@@ -79,6 +84,8 @@ class Plan:
 
         dtypes = list(dict.fromkeys(state.param.dtype for state in states))
         self._tensors = tensor_table(states, dtypes, address)
+        # The places of the gradients that the kernels leave to Python.
+        self._odd = np.zeros(len(states), dtype=np.int64)
         self._scalars = scalars
         self.steps = steps
         shared = {
@@ -90,6 +97,7 @@ class Plan:
             OWN_COUNT: len(self._memory.blocks),
             NDARRAY: id(np.ndarray),
             NONE: id(None),
+            ODD: address(self._odd),
         }
         # Only the first counts.
         uncounted = np.zeros_like(self.step_count)
@@ -112,6 +120,7 @@ class Plan:
         self._amsgrad = any(state.max_exp_avg_sq is not None for state in states)
         self._average = any(state.ema is not None for state in states)
         self.dtypes = dtypes
+        self._doubles = np.dtype(np.float64) in dtypes
         self.choose_kernels()
 
     def choose_kernels(self) -> None:
@@ -171,13 +180,15 @@ class Plan:
             count = kernel(self._context, id(grads))
             if count != _cpu.REFUSED:
                 return count - 1  # type: ignore[no-any-return]
-        grads = self.take_grads(grads, zero_grad)
+            grads = self._take_odd(grads, zero_grad)
+        else:
+            grads = self.take_grads(grads, zero_grad)
         return self.update(zero_grad)
 
     def take_grads(self, grads: tuple[Any, ...], writable: bool) -> tuple[Any, ...]:
         """Check the gradients and note where they lie.
 
-        Returns them, with arrays in the place of NumPy scalars.
+        Returns them, with plain arrays in the place of what else can be read.
 
         Raises
         ------
@@ -187,34 +198,32 @@ class Plan:
         """
         if self._reads and _cpu.look_kernel(self._context, id(grads), writable):
             return grads
-        grads = self._check_grads(grads, writable)
-        found = np.array([address(grad) for grad in grads], dtype=np.int64)
-        sizes = [0 if grad is None else grad.nbytes for grad in grads]
-        self._memory.check_apart(self._labels, found, np.array(sizes, dtype=np.int64))
-        self._tensors[:, GRAD] = found
-        return grads
+        return self._take_odd(grads, writable)
 
-    def _check_grads(self, grads: tuple[Any, ...], writable: bool) -> tuple[Any, ...]:
+    def _take_odd(self, grads: tuple[Any, ...], writable: bool) -> tuple[Any, ...]:
         """Check in Python what was not plainly right: to say what is wrong, or that nothing is."""
-        checked = list(grads)
-        for k, (state, label) in enumerate(zip(self._states, self._labels, strict=True)):
-            param, row = state.param, self._tensors[k]
-            check_param(param, state.label)
-            now = address(param), param.shape, dtype_mark(param.dtype)
+        taken = list(grads)
+        odd: Any = range(len(taken))
+        if self._reads:
+            odd = self._odd[: self.contexts[0].fields[ODD_COUNT]].tolist()
+        for k in odd:
+            state, row = self._states[k], self._tensors[k]
+            check_param(state.param, state.label)
+            now = address(state.param), state.param.shape, dtype_mark(state.param.dtype)
             if now != (row[PARAM], state.exp_avg.shape, row[DTYPE_MARK]):
                 raise ValueError(
                     f"{state.label} must keep the memory, the shape and the dtype that it had"
                     f" when the optimizer was made"
                 )
-            grad = grads[k]
-            if isinstance(grad, np.generic):  # what arithmetic on 0-d arrays gives
-                checked[k] = np.asarray(grad)
-            if grad is not None:
-                check_grad(checked[k], param, label)
-                if writable and not (grad is checked[k] and grad.flags.writeable):
-                    kind = "a read-only array" if grad is checked[k] else "a NumPy scalar"
-                    raise ValueError(f"{label} must be writable for zero_grad=True, got {kind}")
-        return tuple(checked)
+            if grads[k] is not None:
+                taken[k] = take_grad(grads[k], state.param, self._labels[k], writable)
+            row[FOUND] = address(taken[k])
+        if not (self._reads and _cpu.accept_kernel(self._context)):
+            found = self._tensors[:, FOUND]
+            sizes = np.where(found == 0, 0, self._tensors[:, BYTES])
+            self._memory.check_apart(self._labels, found, sizes)
+            self._tensors[:, GRAD] = found
+        return tuple(taken)
 
     def update(self, zero_grad: bool) -> int:
         """Take the step with the gradients that were taken last; return its number, from 0."""
@@ -281,11 +290,13 @@ class Plan:
             With ``nonfinite="raise"``, for a gradient that is not finite.
         """
         grads, scalars = self.take_grads(grads, zero_grad), self._scalars
-        norm = self.norm(grads, scalars.inverse)
+        norm = self.norm(scalars.inverse)
         if nonfinite != "propagate":
-            found = find_nonfinite(grads, self._labels, scalars.inverse, norm, scalars.largest)
+            found = self._find_nonfinite(scalars.inverse, norm, scalars.largest)
             if found is not None and nonfinite == "raise":
-                raise FloatingPointError(found)
+                raise FloatingPointError(
+                    nonfinite_message(grads[found], self._labels[found], scalars.inverse)
+                )
             if found is not None:
                 if zero_grad:
                     self.zero_grads(grads)
@@ -297,29 +308,47 @@ class Plan:
         """Refuse: there are no graphs here."""
         raise RuntimeError("prepare_replay needs parameters on a CUDA device, got NumPy arrays")
 
-    def norm(self, grads: tuple[Any, ...], factor: float) -> float:
+    def norm(self, factor: float) -> float:
         """Return the global norm of the gradients that were taken last, times a factor > 0.
 
         The same bits on any number of threads. NaN or infinite where an
         element is, or where it is beyond float64.
         """
-        total = self._sum_squares(1.0)
-        if _SMALL < total < _LARGE:
+        total = self._measure(1.0)
+        # Squares of float32 neither vanish nor leave the range of float64.
+        if _SMALL < total < _LARGE or not self._doubles:
             return math.sqrt(total) * factor
-        present = [np.asarray(grad) for grad in grads if grad is not None and grad.size]
-        # Without a copy; NaN stays NaN.
-        ends = [[-np.min(grad), np.max(grad)] for grad in present]
-        largest = float(np.max(ends, initial=0.0))
+        largest = self._measure(1.0, largest=True)
         if largest == 0.0 or not math.isfinite(largest):
             return largest
         # Squares that would be infinite, or subnormal: a power of 2 takes no digit away.
         scale = math.ldexp(1.0, min(-math.frexp(largest)[1], 1000))
-        return math.sqrt(self._sum_squares(scale)) * factor / scale
+        return math.sqrt(self._measure(scale)) * factor / scale
 
-    def _sum_squares(self, scale: float) -> float:
-        total = 0.0
+    def _find_nonfinite(self, factor: float, norm: float, largest: float) -> int | None:
+        """Return the place of the first gradient that, times a factor, is not finite.
+
+        ``norm`` is that of all of them, and ``largest`` what their dtypes hold.
+        """
+        # As a rule the norm tells. Where it does not, elements are looked at: near the
+        # largest number it may be the factor's own rounding that leads beyond it.
+        if norm <= 0.99 * largest or math.isfinite(self._measure(factor, largest=True)):
+            return None
+        first: list[int] = []
+        for context in self.contexts:
+            (chunks,) = np.nonzero(~np.isfinite(context.sums))
+            first += context.chunks[chunks[:1], CHUNK_TENSOR].tolist()
+        return min(first)
+
+    def _measure(self, scale: float, *, largest: bool = False) -> float:
+        """Sum the squares of the gradients, times a factor, or find the largest of them."""
         with alone:
-            for context in self.contexts:
-                kernel = _cpu.sum_kernel(context.dtype, parallel=context.parallel)
-                total += kernel(context.address, scale)
-        return total
+            found = [
+                _cpu.sum_kernel(context.dtype, parallel=context.parallel, largest=largest)(
+                    context.address, scale
+                )
+                for context in self.contexts
+            ]
+        if largest:
+            return math.nan if any(map(math.isnan, found)) else max(found, default=0.0)
+        return sum(found, 0.0)

@@ -4,7 +4,7 @@ An attribute of an array costs Python 30 to 800 nanoseconds, the address most.
 The C structure behind it is fixed by NumPy's binary interface, to which every
 compiled extension is bound, so compiled code can look there itself: at every
 array in every step, so that nothing has to be remembered and nothing goes
-stale. Whatever it does not find as expected is left to the checks in Python.
+stale. What it does not find as expected, and no more, is left to the checks in Python.
 """
 
 import ctypes
@@ -29,6 +29,8 @@ from ._tables import (
     NDARRAY,
     NONE,
     OBJECT,
+    ODD,
+    ODD_COUNT,
     ORDER,
     OWN_COUNT,
     OWN_MEMORY,
@@ -129,24 +131,38 @@ def look(context: Any, grads: Any, writable: Any) -> Any:
     bool
         If false, some object is no plain array, does not pair with its
         parameter, or shares memory, or a parameter is not what it was. Then
-        the column GRAD is as it was.
+        the column GRAD is as it was. The table ODD has the places of those that
+        are to be looked at in Python, ODD_COUNT their number; FOUND, for the others,
+        where they lie.
     """
+    fields = table(context, 1, CONTEXT_SIZE, _INT64)[0]
+    tensors = table(fields[TENSORS], fields[TENSOR_COUNT], TENSOR_COLUMNS, _INT64)
+    odd = table(fields[ODD], 1, tensors.shape[0], _INT64)[0]
+    count = 0
+    for t in range(tensors.shape[0]):
+        row = tensors[t]
+        param, grad = row[OBJECT], peek(grads + _ITEMS + 8 * t, _INT64)
+        usual = peek(param + _DATA, _INT64) == row[PARAM] and fits(param, row, True)
+        row[FOUND] = 0
+        if usual and grad != fields[NONE]:
+            usual = peek(grad + _TYPE, _INT64) == fields[NDARRAY] and fits(grad, row, writable)
+            if usual:
+                row[FOUND] = peek(grad + _DATA, _INT64)
+        if not usual:
+            odd[count] = t
+            count += 1
+    fields[ODD_COUNT] = count
+    return count == 0 and accept(context)
+
+
+@_jit.inline
+def accept(context: Any) -> Any:
+    """Take the addresses in the column FOUND for those of the gradients, if none overlap."""
     fields = table(context, 1, CONTEXT_SIZE, _INT64)[0]
     tensors = table(fields[TENSORS], fields[TENSOR_COUNT], TENSOR_COLUMNS, _INT64)
     changed = False
     for t in range(tensors.shape[0]):
-        row = tensors[t]
-        param, grad, start = row[OBJECT], peek(grads + _ITEMS + 8 * t, _INT64), 0
-        if peek(param + _DATA, _INT64) != row[PARAM] or not fits(param, row, True):
-            return False
-        if grad != fields[NONE]:
-            if peek(grad + _TYPE, _INT64) != fields[NDARRAY]:
-                return False
-            if not fits(grad, row, writable):
-                return False
-            start = peek(grad + _DATA, _INT64)
-        row[FOUND] = start
-        if row[GRAD] != start:
+        if tensors[t, GRAD] != tensors[t, FOUND]:
             changed = True
     if changed:
         if not are_apart(tensors, table(fields[OWN_MEMORY], fields[OWN_COUNT], 2, _INT64)):

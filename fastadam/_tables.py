@@ -45,6 +45,8 @@ START, END = range(2)
     OWN_COUNT,
     NDARRAY,
     NONE,
+    ODD,
+    ODD_COUNT,
     STEP_COUNT,
     CHUNKS,
     CHUNK_COUNT,
@@ -57,8 +59,8 @@ START, END = range(2)
     UPDATE_CHOICE,
     SUM_CHOICE,
     ACCOUNT,
-) = range(20)
-CONTEXT_SIZE = 20
+) = range(22)
+CONTEXT_SIZE = 22
 
 # A counter to a thread, each in a cache line of its own.
 CURSOR_BYTES = 64
@@ -136,14 +138,14 @@ class Context:
         self.parallel = int(sizes.sum()) >= serial_below
         self.chunks = chunk_table(members, sizes, dtype.itemsize)
         self._rows = np.zeros((members.size, SCALARS), dtype=dtype)
-        self._sums = np.zeros(len(self.chunks), dtype=np.float64)
+        self.sums = np.zeros(len(self.chunks), dtype=np.float64)
         self._cursors = np.zeros(threads * CURSOR_BYTES // 8, dtype=np.int64)
         self._step_count = step_count
         self.fields = np.zeros(CONTEXT_SIZE, dtype=np.int64)
         for field, value in shared.items():
             self.fields[field] = value
         self.fields[CHUNKS], self.fields[CHUNK_COUNT] = address(self.chunks), len(self.chunks)
-        self.fields[ROWS], self.fields[SUMS] = address(self._rows), address(self._sums)
+        self.fields[ROWS], self.fields[SUMS] = address(self._rows), address(self.sums)
         self.fields[CURSORS], self.fields[OWN_DTYPE] = address(self._cursors), own_dtype
         self.fields[STEP_COUNT], self.fields[THREADS] = address(step_count), threads
         self._choices = [_thread_choice.new_state() for _ in range(2)]
