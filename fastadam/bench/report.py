@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from fastadam.bench.session import Missing, Session
 
-__all__ = ["fastadam_seconds", "not_measured", "to_dict"]
+__all__ = ["fastadam_seconds", "installed", "not_measured", "to_dict"]
 
 
 def fastadam_seconds(session: Session) -> dict[str, float]:
@@ -152,11 +152,27 @@ def to_dict(
 
 
 def _versions(session: Session) -> dict[str, str]:
-    import fastadam
-
     names = ["numba", "numpy"]
     for one in session.measured:
         names += peers.by_name(one.contender).versions
+    return installed(names)
+
+
+def installed(names: Iterable[str]) -> dict[str, str]:
+    """Return the versions of fastadam, Python, and of what is installed.
+
+    Parameters
+    ----------
+    names : iterable of str
+        Distributions.
+
+    Returns
+    -------
+    dict of str to str
+        Without those that are not installed.
+    """
+    import fastadam
+
     found = {"fastadam": fastadam.__version__, "python": platform.python_version()}
     for name in dict.fromkeys(names):
         try:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import queue
-import signal
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from fastadam.bench.child import read_lines, stop, why_ended
 from fastadam.bench.load import Others
 from fastadam.bench.measure import Spread, spread
 
@@ -224,7 +224,7 @@ def events(
             child.stdin.write(json.dumps(spec).encode() + b"\n")
             child.stdin.flush()
         lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        threading.Thread(target=_read, args=(child.stdout, lines), daemon=True).start()
+        threading.Thread(target=read_lines, args=(child.stdout, lines), daemon=True).start()
         while True:
             try:
                 line = lines.get(timeout=time_limit)
@@ -232,7 +232,7 @@ def events(
                 reason = f"it hung: nothing for {time_limit:g} s"
                 break
             if not line:
-                reason = _why_ended(child.wait(), errors)
+                reason = why_ended(child.wait(), errors)
                 break
             event = json.loads(line)
             last = event["event"]
@@ -267,41 +267,4 @@ def _child(
     try:
         yield child
     finally:
-        _stop(child)
-
-
-def _stop(child: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(OSError):  # gone, and with it its group
-        if hasattr(os, "killpg"):
-            os.killpg(child.pid, signal.SIGKILL)
-        else:
-            child.kill()
-    child.wait()
-    for stream in (child.stdin, child.stdout):
-        if stream is not None:
-            with contextlib.suppress(OSError):
-                stream.close()
-
-
-def _read(stream: IO[bytes], lines: queue.SimpleQueue[bytes]) -> None:
-    with contextlib.suppress(ValueError, OSError):  # closed: nobody listens any more
-        for line in stream:
-            lines.put(line)
-    lines.put(b"")
-
-
-def _why_ended(status: int, errors: IO[bytes]) -> str:
-    if status < 0:
-        try:
-            name = signal.Signals(-status).name
-        except ValueError:
-            name = str(-status)
-        hints = {
-            "SIGILL": " (an instruction that this processor lacks)",
-            "SIGKILL": " (out of memory?)",
-        }
-        return f"its process was ended by signal {name}{hints.get(name, '')}"
-    errors.seek(0)
-    lines = errors.read().decode(errors="replace").split("\n")
-    said = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    return f"its process ended with status {status}{f': {said[:200]}' if said else ''}"
+        stop(child)

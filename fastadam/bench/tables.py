@@ -16,7 +16,15 @@ if TYPE_CHECKING:
     from fastadam.bench.measure import Spread
     from fastadam.bench.session import Session
 
-__all__ = ["format_ratio", "format_seconds", "show", "show_conditions"]
+__all__ = [
+    "Column",
+    "format_ratio",
+    "format_seconds",
+    "print_columns",
+    "show",
+    "show_conditions",
+    "split",
+]
 
 # In two lines, so that all columns fit into 80 characters.
 HEADS = {
@@ -140,17 +148,38 @@ def show(
     elif sum(column.width for column in plain) + spare <= room:
         parts = [fixed + extra + plain]
     else:
-        parts = [[]]
-        left = 0
-        for column in plain:
-            if column.width > left:
-                parts.append(list(fixed))
-                left = room
-            parts[-1].append(column)
-            left -= column.width
+        parts = split(fixed, plain, console.width)
     for part in parts:
-        if part:
-            _print(console, part, len(rows))
+        print_columns(console, part, len(rows))
+
+
+def split(fixed: Sequence[Column], columns: Sequence[Column], width: int) -> list[list[Column]]:
+    """Share columns out to as many tables as they need.
+
+    Parameters
+    ----------
+    fixed : sequence of Column
+        The first ones of every table.
+    columns : sequence of Column
+        The others.
+    width : int
+        Characters for a table.
+
+    Returns
+    -------
+    list of list of Column
+        The tables.
+    """
+    room = width + 2 - sum(column.width for column in fixed)
+    parts: list[list[Column]] = []
+    left = 0
+    for column in columns:
+        if column.width > left:
+            parts.append(list(fixed))
+            left = room
+        parts[-1].append(column)
+        left -= column.width
+    return parts
 
 
 def _columns(
@@ -206,7 +235,18 @@ def _cell(ratio: Spread | None, as_share: bool, quartiles: bool) -> tuple[str, s
     return f"{'~' if ratio.q3 > NOISY * ratio.q1 else ''}{text}", style
 
 
-def _print(console: Console, columns: Sequence[Column], rows: int) -> None:
+def print_columns(console: Console, columns: Sequence[Column], rows: int) -> None:
+    """Print a table.
+
+    Parameters
+    ----------
+    console : rich.console.Console
+        Where to.
+    columns : sequence of Column
+        From left to right.
+    rows : int
+        How many there are.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 from fastadam.bench import cuda_library, memory, peers, workloads
 from fastadam.bench.parts import Part, missing_lines, show, to_dict
 from fastadam.bench.session import measure
-from fastadam.cli import CommandError, output_path, outputs, require, say, whole_number
+from fastadam.cli import (
+    CommandError,
+    bench_load,
+    output_path,
+    outputs,
+    require,
+    say,
+    whole_number,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -83,6 +91,13 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         help=f"one of {', '.join(names)}, none; may be repeated; default: all that are installed",
     )
     add(
+        "--load",
+        type=whole_number(0),
+        metavar="N",
+        help="measure beside N busy processes: the mean of a step in several threads, in one, and "
+        "of torch's fused Adam if it is installed; goes with --sizes, --peer, --dtype and --json",
+    )
+    add(
         "--dtype",
         choices=("float32", "float64"),
         default="float32",
@@ -131,10 +146,12 @@ def run(args: argparse.Namespace) -> int:
         If the request contradicts itself, an optional package or the device
         is missing, or nothing could be measured.
     """
+    json_file = None if args.json == STDOUT else args.json
+    if args.load is not None:
+        return bench_load.run(args, json_file)
     chosen = _peers(args.peer, args.device)
     parts = _parts(args)
     outputs.check_picture(args.plot)
-    json_file = None if args.json == STDOUT else args.json
     outputs.check_files({"--plot": args.plot, "--json": json_file})
     require("rich", *(["matplotlib"] if args.plot else []), extra="bench")
     if args.device == "cuda":
