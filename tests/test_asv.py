@@ -70,9 +70,10 @@ def test_tail_and_roofline(benchmarks):
         assert any(grad.any() for grad, _ in bench.contender.filled)
         bench.time_tail("fastadam", "micro")
         assert not any(grad.any() for grad, _ in bench.contender.filled)
-    bench = benchmarks("roofline").Roofline()
-    bench.setup("micro", "float32")
-    assert bench.track_fraction_of_roofline("micro", "float32") > 0
+    for name in ("Roofline", "Divider"):
+        bench = getattr(benchmarks("roofline"), name)()
+        bench.setup("micro", "float32")
+        assert bench.track_fraction_of_roofline("micro", "float32") > 0
 
 
 @pytest.mark.parametrize(("option", "arrays"), [("none", 2), ("amsgrad", 3), ("both", 4)])

@@ -87,8 +87,10 @@ def test_the_cpu_is_the_default():
     assert (part.tail, part.named, part.sizes) == (False, list(w.STEP), w.SIZES)
 
 
-def test_which_peers():
+def test_which_peers(monkeypatch):
     from fastadam.cli import bench
+
+    monkeypatch.setattr(peers, "find_spec", lambda _: object())
 
     names = [peer.name for peer in bench._peers(None, "cuda")]
     own = ["roofline", "opt-grads"]
@@ -433,7 +435,8 @@ def test_bursts_are_as_long_as_asked():
 def one_of(name, workload, median, seconds=1.0, host=None):
     ratio = measure.Spread(median, median * 0.9, median * 1.1)
     hosts = [None if host is None else measure.Spread(each, each, each) for each in host or (0, 0)]
-    return session.Measured(name, workload, median * seconds, seconds, ratio, 7, 3, 2, *hosts)
+    rounds = (seconds,) * 7
+    return session.Measured(name, workload, median * seconds, rounds, ratio, 7, 3, 2, *hosts)
 
 
 @pytest.fixture
@@ -530,7 +533,10 @@ def test_command(capsys, tmp_path, optional):
     assert [one["tail"] for one in saved["results"]] == [False] * 5 + [True] * 2
     assert [one["tail"] for one in saved["not_measured"]] == [False, True]
     first, *_, last = saved["results"]
-    assert first["host_seconds"] == {"median": 9.0, "q1": 9.0, "q3": 9.0}
+    assert first["host_seconds"] == {
+        **dict.fromkeys(("median", "q1", "q3"), 9.0),
+        "noisy": False,
+    }
     assert last["host_seconds"] is None
     assert saved["other_cpus"] == {"roofline": 0.4, "cupy": 0.0}
     assert saved["workloads"]["1000000000"] == {"tensors": 1, "elements": 10**9}

@@ -36,7 +36,10 @@ def shapes_of(name):
 def make(backend, shapes, dtype="float32", *, tail=False):
     """Return a contender with arrays of its own, after its first steps."""
     need("this commit has no fastadam.bench", unless=peers is not None)
-    peer = peers.by_name(backend)
+    try:
+        peer = peers.by_name(backend)
+    except KeyError:
+        raise NotImplementedError(f"this commit has no {backend}") from None
     reason = peer.why_not(dtype, tail)
     need(reason, unless=reason is None)
     contender = peer.make(*workloads.draw(shapes, dtype), tail)

@@ -18,3 +18,10 @@ class Roofline:
         from fastadam.bench.measure import compare, spread
 
         return spread(compare(*self.contenders, rounds=9).ratios).median
+
+
+class Divider(Roofline):
+    """The same, beside a pass that also takes a square root and divides."""
+
+    def setup(self, name, dtype):
+        self.contenders = [make(each, shapes_of(name), dtype) for each in ("fastadam", "divider")]

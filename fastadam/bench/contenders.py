@@ -22,6 +22,7 @@ __all__ = [
     "TAIL",
     "Contender",
     "DeepSpeed",
+    "DividerPass",
     "FastAdam",
     "FastAdamGrads",
     "Optax",
@@ -137,15 +138,26 @@ class FastAdamGrads(FastAdam):
 class RooflinePass(FastAdam):
     """The same traffic to memory, next to no arithmetic."""
 
+    roofline: ClassVar[str] = "Roofline"
+
     def setup(self, params: Sequence[NDArray[Any]], grads: Sequence[NDArray[Any]]) -> None:
         """Make the arrays."""
-        from fastadam.bench.roofline import Roofline
-
         self.clears_grads = self.tail
         self.params = [param.copy() for param in params]
         own = [np.empty_like(grad) for grad in grads]
         self.fill_from(own, grads)
-        self._bind(Roofline(self.params, own, tail=self.tail).step)
+        make = getattr(import_module("fastadam.bench.roofline"), self.roofline)
+        self._bind(make(self.params, own, tail=self.tail).step)
+
+
+class DividerPass(RooflinePass):
+    """The same traffic to memory, and a square root and a division for each element."""
+
+    roofline: ClassVar[str] = "Divider"
+
+    def setup(self, params: Sequence[NDArray[Any]], grads: Sequence[NDArray[Any]]) -> None:
+        """Make the arrays, of positive numbers."""
+        super().setup([np.abs(param) for param in params], [np.abs(grad) for grad in grads])
 
 
 class Torch(Contender):

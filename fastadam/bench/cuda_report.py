@@ -6,8 +6,9 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from fastadam.bench import driver
+from fastadam.bench.report import as_dict
 from fastadam.bench.report import to_dict as to_dict_on_cpu
-from fastadam.bench.tables import TAIL_TRAFFIC, TRAFFIC, format_ratio, format_seconds
+from fastadam.bench.tables import TAIL_TRAFFIC, TRAFFIC, format_ratio, format_seconds, say
 from fastadam.bench.workloads import count
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def figures(
     Returns
     -------
     dict
-        By workload, each with ``median``, ``q1`` and ``q3``:
+        By workload, each with ``median``, ``q1``, ``q3`` and ``noisy``:
 
         ``copy_fraction``, ``tail_copy_fraction``
             A step's bandwidth over that of a copy on the device; also
@@ -86,7 +87,7 @@ def _fractions(session: Session, shapes: Mapping[str, Any], each: int) -> dict[s
         if one.contender == "roofline":
             size = each * count(shapes[one.workload])
             found[one.workload] = {
-                **one.ratio._asdict(),
+                **as_dict(one.ratio, one.noisy),
                 "bytes_per_second": size / one.fastadam_seconds,
                 "copy_bytes_per_second": size / one.seconds,
                 "bytes_per_parameter": each,
@@ -95,7 +96,11 @@ def _fractions(session: Session, shapes: Mapping[str, Any], each: int) -> dict[s
 
 
 def _ratios(session: Session, name: str) -> dict[str, Any]:
-    return {one.workload: one.ratio._asdict() for one in session.measured if one.contender == name}
+    return {
+        one.workload: as_dict(one.ratio, one.noisy)
+        for one in session.measured
+        if one.contender == name
+    }
 
 
 def _host(session: Session) -> dict[str, Any]:
@@ -103,7 +108,7 @@ def _host(session: Session) -> dict[str, Any]:
 
     def note(workload: str, who: str, spread: Spread | None) -> None:
         if spread is not None:
-            found.setdefault(workload, {}).setdefault(who, spread._asdict())
+            found.setdefault(workload, {}).setdefault(who, as_dict(spread))
 
     # From the pair of opt.grads first, so that both ways of calling were timed side by side.
     for one in sorted(session.measured, key=lambda one: one.contender != "opt-grads"):
@@ -139,8 +144,9 @@ def to_dict(
     dict
         As `fastadam.bench.report.to_dict`, with ``tail`` (bool) in each entry
         of ``results`` and ``not_measured``, ``host_seconds`` and
-        ``fastadam_host_seconds`` (dict of ``median``, ``q1``, ``q3``, or
-        None) in the former; ``device``; and ``figures``, as above.
+        ``fastadam_host_seconds`` (dict of ``median``, ``q1``, ``q3``,
+        ``noisy``, or None) in the former; ``tail_fastadam_seconds``;
+        ``device``; and ``figures``, as above.
     """
     both = [to_dict_on_cpu(session, settings, shapes) for session in (step, tail)]
     for report, session, is_tail in zip(both, (step, tail), (False, True), strict=True):
@@ -149,7 +155,7 @@ def to_dict(
         for entry, one in zip(report["results"], session.measured, strict=True):
             for name in ("host_seconds", "fastadam_host_seconds"):
                 spread = getattr(one, name)
-                entry[name] = None if spread is None else spread._asdict()
+                entry[name] = None if spread is None else as_dict(spread)
     report, other = both
     for name in ("results", "not_measured"):
         report[name] += other[name]
@@ -157,6 +163,7 @@ def to_dict(
         report[name] |= other[name]
     for name, cpus in other["other_cpus"].items():
         report["other_cpus"][name] = max(cpus or 0.0, report["other_cpus"].get(name) or 0.0)
+    report["tail_fastadam_seconds"] = other["fastadam_seconds"]
     report["versions"] |= _installed()
     report["device"] = dict(device)
     report["figures"] = figures(step, tail, shapes, settings["dtype"])
@@ -189,25 +196,27 @@ def show_figures(console: Console, found: Mapping[str, Any], workloads: Sequence
         for name in workloads:
             if name in found[key]:
                 one = found[key][name]
-                console.print(
+                say(
+                    console,
                     f"Bandwidth of {what}, {_title(name)}: {one['bytes_per_second'] / 1e9:,.0f}"
                     f" GB/s, {one['median']:.1%} of a copy's {_giga(one)} (quartiles"
-                    f" {one['q1']:.1%} - {one['q3']:.1%})"
+                    f" {one['q1']:.1%} - {one['q3']:.1%}{', noisy' if one['noisy'] else ''})",
                 )
     for name in workloads:
         if name in found["tail_torch_fused"]:
             one = found["tail_torch_fused"][name]
             texts = [format_ratio(one[key]) for key in ("median", "q1", "q3")]
-            console.print(
+            say(
+                console,
                 f"The whole tail, {_title(name)}: torch fused takes {texts[0]} times as long"
-                f" (quartiles {texts[1]} - {texts[2]})"
+                f" (quartiles {texts[1]} - {texts[2]}{', noisy' if one['noisy'] else ''})",
             )
     for name in workloads:
         costs = found["host_seconds"].get(name, {})
         if costs:
             micro = "\N{MICRO SIGN}s" if console.encoding.startswith("utf") else "us"
             texts = [f"{who} {format_seconds(costs[who]['median'], micro)}" for who in costs]
-            console.print(f"A call alone on the host, {_title(name)}: {', '.join(texts)}")
+            say(console, f"A call alone on the host, {_title(name)}: {', '.join(texts)}")
 
 
 def _title(name: str) -> str:

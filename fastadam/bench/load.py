@@ -7,9 +7,11 @@ import time
 from pathlib import Path
 from typing import Self
 
-__all__ = ["Others"]
+__all__ = ["BUSY", "Others", "crowds"]
 
 STAT = Path("/proc/stat")
+# CPUs kept busy by others that count: less may be the system's own housekeeping.
+BUSY = 0.15
 
 
 class Others:
@@ -62,3 +64,27 @@ class Others:
             return time.monotonic(), None, own
         busy = user + nice + system + irq + softirq + steal
         return time.monotonic(), busy / os.sysconf("SC_CLK_TCK"), own
+
+
+def crowds(others: float, needed: int) -> bool:
+    """Return whether other processes keep CPUs busy that so many threads need.
+
+    Parameters
+    ----------
+    others : float
+        CPUs that others keep busy.
+    needed : int
+        Threads.
+
+    Returns
+    -------
+    bool
+        A thread that must share a CPU holds up all that wait for it.
+
+    Examples
+    --------
+    >>> from fastadam.bench.load import crowds
+    >>> crowds(1.0, 100_000), crowds(1.0, 0)
+    (True, False)
+    """
+    return needed > 0 and others > BUSY and others + needed > (os.cpu_count() or 1) + BUSY

@@ -7,8 +7,9 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from fastadam.bench import peers, under_load
+from fastadam.bench.load import BUSY
 from fastadam.bench.report import installed
-from fastadam.bench.tables import BUSY, Column, format_ratio, print_columns, split
+from fastadam.bench.tables import Column, format_ratio, print_columns, say, split
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -129,16 +130,17 @@ def show(report: Mapping[str, Any]) -> None:
 
     console = Console(file=sys.stdout, highlight=False, markup=False)
     number = report["settings"]["load"]
-    console.print(
+    say(
+        console,
         f"\nMicroseconds of a step ({report['settings']['dtype']}) beside "
         f"{number or 'no'} spinning process{'' if number == 1 else 'es'}; then the mean of "
-        "fastadam over the mean of fastadam in one thread, and its standard error.\n"
+        "fastadam over the mean of fastadam in one thread, and its standard error.\n",
     )
     for total in report["geometric_means"]:
         kind = "clipped steps" if total["clipped"] else "steps"
         work = total["work_seconds"]
         where = f"with {work * 1e3:g} ms of other work between them" if work else "in a bare loop"
-        console.print(f"{kind}, {where}".capitalize())
+        say(console, f"{kind}, {where}".capitalize())
         columns = _columns(report, total, console.options.ascii_only)
         for part in split(columns[:1], columns[1:], console.width):
             print_columns(console, part, len(columns[0].cells))
@@ -175,29 +177,32 @@ def _columns(
 
 def _show_conditions(console: Any, report: Mapping[str, Any]) -> None:
     machine, threads = report["machine"], report["threads"]
-    console.print(f"{machine['cpu']}, {machine['cpus_allowed']} CPUs; {machine['system']}")
+    say(console, f"{machine['cpu']}, {machine['cpus_allowed']} CPUs; {machine['system']}")
     layer = f" ({report['layer']})" if report["layer"] else ""
     texts = [f"fastadam {threads['fastadam']}{layer}"]
     texts += [f"torch {threads['torch-fused']}"] if "torch-fused" in threads else []
-    console.print(f"Threads of a large step: {', '.join(texts)}")
-    console.print(", ".join(f"{name} {version}" for name, version in report["versions"].items()))
+    say(console, f"Threads of a large step: {', '.join(texts)}")
+    say(console, ", ".join(f"{name} {version}" for name, version in report["versions"].items()))
     fewest = min(one["steps"] for one in report["results"])
-    console.print(
+    say(
+        console,
         f"Means and medians of {fewest} steps or more, in short turns beside the same processes; "
-        "all: the geometric mean of the ratios; noisy: its standard error is more than a tenth."
+        "all: the geometric mean of the ratios; noisy: its standard error is more than a tenth.",
     )
     got, expected = report["load_cpus"], report["expected_load_cpus"]
     if expected:
-        console.print(f"The spinning processes kept {got:.2f} CPUs busy, or more.")
+        say(console, f"The spinning processes kept {got:.2f} CPUs busy, or more.")
     if got < LEAST_SHARE * expected:
-        console.print(
+        say(
+            console,
             f"Warning: their fair share would have been {expected:.2f} CPUs. The load was less "
-            "than it should be."
+            "than it should be.",
         )
     if report["other_cpus"] and report["other_cpus"] > BUSY:
-        console.print(
-            f"Warning: processes of others kept {report['other_cpus']:.1f} CPUs busy besides."
+        say(
+            console,
+            f"Warning: processes of others kept {report['other_cpus']:.1f} CPUs busy besides.",
         )
     for one in report["not_measured"]:
         title = peers.by_name(one["contender"]).title
-        console.print(f"Not measured: {title}: {one['reason']}")
+        say(console, f"Not measured: {title}: {one['reason']}")

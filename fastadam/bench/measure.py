@@ -2,7 +2,8 @@
 
 Only the ratio of times taken side by side means anything on a machine that
 others use as well: each round times both, in alternating order, and gives one
-ratio. The median of the ratios is the result.
+ratio. The median of the ratios is the result, unless they differ too much to
+say anything.
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ LONG = 0.1
 LEAST_ROUNDS = 5
 # Seconds that a pair may take on one workload, the calibration aside.
 BUDGET = 4.0
+# Steps are tried for as long as this to find out how long an undisturbed one takes: a thread
+# whose core is busy can hold up several in a row, by some milliseconds each.
+CALIBRATION = 0.05
+# Where the upper quartile is so much more than the lower, numbers say too little to be shown.
+NOISY = 1.25
 # A burst with refills between its steps takes longer than its timed part: limit both.
 MOST_REFILLED = 200
 # Calls in a row whose cost on the host is timed: so few that the device's queue, of some 1,000
@@ -71,6 +77,11 @@ class Spread(NamedTuple):
     q1: float
     q3: float
 
+    @property
+    def noisy(self) -> bool:
+        """Whether the quartiles lie more than 25% apart."""
+        return self.q3 > NOISY * self.q1
+
 
 class Comparison(NamedTuple):
     """What `compare` found.
@@ -80,7 +91,7 @@ class Comparison(NamedTuple):
     seconds, other_seconds : list of float
         Seconds per step of the first and the second contender, per round.
     number, other_number : int
-        Steps in a burst.
+        Steps in the last burst.
     """
 
     seconds: list[float]
@@ -183,7 +194,10 @@ def compare(
 
     A turn is a rest, warm-up steps that are not timed (at least 2, or 1 if a
     step takes longer than 0.1 s) and a burst of as many steps as fit into
-    `burst_seconds`, at least 1.
+    `burst_seconds`, at least 1, when none is held up: the fastest burst so far
+    says how many. Were it a slow one, the burst would be a step or two right
+    after the rest, when the threads are slow to come, and stay so for all
+    rounds: a wrong ratio, and every round would agree on it.
 
     Parameters
     ----------
@@ -191,7 +205,7 @@ def compare(
         The contenders.
     rounds : int
         How often each has its turn, at most: fewer, but no fewer than 5, if
-        they would take longer than `budget`.
+        they take longer than `budget`.
     refill : bool, default False
         As in `burst`, for both.
     budget : float
@@ -206,26 +220,38 @@ def compare(
     Comparison
         The times of every round.
     """
-    plans, round_seconds = [], 0.0
-    for contender in (first, second):
-        seconds = _calibrate(contender, burst_seconds, refill=refill)
-        number = max(1, round(burst_seconds / seconds))
-        warm_up = max(2, math.ceil(WARM_UP / seconds)) if seconds < LONG else 1
-        if refill:
-            number, warm_up = min(number, MOST_REFILLED), min(warm_up, MOST_REFILLED)
-        plans.append((contender, number, warm_up))
-        round_seconds += REST + seconds * (number + warm_up)
+    both = (first, second)
+    fastest = [_calibrate(contender, burst_seconds, refill=refill) for contender in both]
+    planned = [_plan(seconds, burst_seconds, refill=refill) for seconds in fastest]
+    round_seconds = sum(
+        REST + seconds * sum(plan) for seconds, plan in zip(fastest, planned, strict=True)
+    )
     rounds = min(rounds, max(LEAST_ROUNDS, int(budget / round_seconds)))
     times: tuple[list[float], list[float]] = ([], [])
+    ends = time.perf_counter() + budget
     on_round(0, rounds)
     for turn in range(rounds):
+        if turn >= LEAST_ROUNDS and time.perf_counter() > ends:
+            break
         for which in (0, 1) if turn % 2 == 0 else (1, 0):
-            contender, number, warm_up = plans[which]
+            number, warm_up = planned[which]
             time.sleep(REST)
-            burst(contender, warm_up, refill=refill)
-            times[which].append(burst(contender, number, refill=refill))
+            burst(both[which], warm_up, refill=refill)
+            seconds = burst(both[which], number, refill=refill)
+            times[which].append(seconds)
+            fastest[which] = min(fastest[which], seconds)
+            planned[which] = _plan(fastest[which], burst_seconds, refill=refill)
         on_round(turn + 1, rounds)
-    return Comparison(*times, plans[0][1], plans[1][1])
+    return Comparison(*times, planned[0][0], planned[1][0])
+
+
+def _plan(seconds: float, burst_seconds: float, *, refill: bool) -> tuple[int, int]:
+    """Return how many steps of so many seconds are timed in a turn, and how many are not."""
+    number = max(1, round(burst_seconds / seconds))
+    warm_up = max(2, math.ceil(WARM_UP / seconds)) if seconds < LONG else 1
+    if refill:
+        number, warm_up = min(number, MOST_REFILLED), min(warm_up, MOST_REFILLED)
+    return number, warm_up
 
 
 def host_costs(
@@ -282,13 +308,17 @@ def host_costs(
 
 
 def _calibrate(contender: Steps, burst_seconds: float, *, refill: bool) -> float:
-    """Return about how many seconds a step takes, once it is compiled and in the caches."""
+    """Return about how many seconds a step takes that is compiled, cached and not held up."""
     burst(contender, 1, refill=refill)  # compiles, starts threads, touches the state's memory
-    number = 1
+    number, fastest = 1, math.inf
     while True:
-        seconds = burst(contender, number, refill=refill)
-        if seconds < LONG:  # one burst can be held up by whatever else runs
-            seconds = min(seconds, *(burst(contender, number, refill=refill) for _ in range(2)))
-        if seconds * number > burst_seconds / 5 or (refill and number >= MOST_REFILLED):
-            return max(seconds, 1e-9)
-        number *= 4
+        ends = time.perf_counter() + CALIBRATION
+        tries = 0
+        while tries < 1 or (fastest < LONG and time.perf_counter() < ends):
+            fastest = min(fastest, burst(contender, number, refill=refill))
+            tries += 1
+        fastest = max(fastest, 1e-9)
+        planned, _ = _plan(fastest, burst_seconds, refill=refill)
+        if planned <= 4 * number:
+            return fastest
+        number = planned // 2

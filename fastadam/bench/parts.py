@@ -108,14 +108,20 @@ def show(parts: Sequence[Part], found: Mapping[str, Any]) -> None:
     from fastadam.bench import tables
 
     console = Console(file=sys.stdout, highlight=False, markup=False)
-    roofline = "a pass over the same memory without arithmetic"
+    rooflines = (
+        "the rooflines, passes over the same memory: without arithmetic, and with a square root "
+        "and a division for each element"
+    )
     if "device" in found:
-        roofline = "a copy of half as many bytes on the device, which moves each twice"
+        rooflines = (
+            "the roofline, a copy of half as many bytes on the device, which moves each twice"
+        )
     for part in parts:
         what = part.what if "device" in found else "a step"
-        console.print(
+        tables.say(
+            console,
             f"\nTime of {what}; after it, how many times as long the others take, and how close "
-            f"fastadam comes to the roofline, {roofline} (100%: as fast).\n"
+            f"fastadam comes to {rooflines} (100%: as fast).\n",
         )
         shapes, session = part.shapes, part.session
         own = {name: shapes[name] for name in part.named}
@@ -130,4 +136,4 @@ def show(parts: Sequence[Part], found: Mapping[str, Any]) -> None:
     if missing:
         console.print("\nNot measured:")
     for line in missing:
-        console.print(f"  {line}")
+        tables.say(console, line)

@@ -22,6 +22,7 @@ __all__ = [
     "HYPERPARAMETERS",
     "OWN",
     "PEERS",
+    "ROOFLINES",
     "TAIL",
     "Contender",
     "Peer",
@@ -64,13 +65,18 @@ class Peer:
     versions: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ("float32", "float64")
 
+    @property
+    def installed(self) -> bool:
+        """Whether its package is there; it may not work yet."""
+        return not self.package or find_spec(self.package) is not None
+
     def why_not(self, dtype: str, tail: bool) -> str | None:
         """Return why it cannot take part, None if nothing is known against it."""
         if tail and not self.tail_arrays:
             return NO_TAIL
         if dtype not in self.dtypes:
             return f"it has no {dtype}"
-        if self.package and find_spec(self.package) is None:
+        if not self.installed:
             return f"not installed: pip install {self.install or self.package}"
         return None
 
@@ -79,8 +85,11 @@ FASTADAM = Peer("fastadam", "fastadam", contenders.FastAdam)
 # Measured always: they need nothing but fastadam.
 OWN = (
     Peer("opt-grads", "fastadam opt.grads", contenders.FastAdamGrads),
-    Peer("roofline", "roofline", contenders.RooflinePass),
+    Peer("roofline", "memory roofline", contenders.RooflinePass),
+    # One more: it takes a copy of the gradients, without their signs.
+    Peer("divider", "divider roofline", contenders.DividerPass, arrays=5, tail_arrays=6),
 )
+ROOFLINES = ("roofline", "divider")
 FLOAT32 = ("float32",)
 PEERS = (
     Peer(

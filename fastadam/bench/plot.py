@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from fastadam.bench.report import Own
     from fastadam.bench.session import Session
 
 __all__ = ["save_plot"]
@@ -29,6 +30,7 @@ COLORS = {
     "cupy-kernel": "#56b4e9",
     "opt-grads": "#555555",
     "roofline": "#aaaaaa",
+    "divider": "#f0e442",
 }
 
 
@@ -41,6 +43,8 @@ def save_plot(
     title: str,
 ) -> None:
     """Save bars of the ratios, and lines of the cost of a parameter by size.
+
+    Of what is noisy, only the quartiles are drawn, with that word beside them.
 
     Parameters
     ----------
@@ -89,7 +93,7 @@ def save_plot(
     figure.savefig(path, dpi=150)
 
 
-def _bars(axes: Any, groups: Mapping[str, Sequence[Any]], times: Mapping[str, float]) -> None:
+def _bars(axes: Any, groups: Mapping[str, Sequence[Any]], times: Mapping[str, Own]) -> None:
     order = list(COLORS)
     place, ticks, labelled = 0.0, [], set()
     ratios = [one.ratio for group in groups.values() for one in group]
@@ -100,13 +104,20 @@ def _bars(axes: Any, groups: Mapping[str, Sequence[Any]], times: Mapping[str, fl
             ratio, color = one.ratio, COLORS[one.contender]
             label = None if one.contender in labelled else peers.by_name(one.contender).title
             labelled.add(one.contender)
+            start_of_bar, end = (ratio.q1, ratio.q3) if one.noisy else (1, ratio.median)
             axes.barh(
-                place, ratio.median - 1, left=1, height=0.85, color=color, label=label, zorder=2
+                place,
+                end - start_of_bar,
+                left=start_of_bar,
+                height=0.3 if one.noisy else 0.85,
+                color=color,
+                label=label,
+                zorder=2,
             )
             axes.plot([ratio.q1, ratio.q3], [place, place], lw=1, color="#222222", zorder=3)
             left = ratio.median < 1
             axes.annotate(
-                format_ratio(ratio.median),
+                "noisy" if one.noisy else format_ratio(ratio.median),
                 (min(ratio.median, ratio.q1) if left else max(ratio.median, ratio.q3), place),
                 (-3 if left else 3, 0),
                 textcoords="offset points",
@@ -115,7 +126,8 @@ def _bars(axes: Any, groups: Mapping[str, Sequence[Any]], times: Mapping[str, fl
                 fontsize=7,
             )
             place += 1
-        ticks.append(((start + place - 1) / 2, f"{name}\n{format_seconds(times[name])}"))
+        own = "noisy" if times[name].noisy else format_seconds(times[name].seconds.median)
+        ticks.append(((start + place - 1) / 2, f"{name}\n{own}"))
         place += 1.5
     axes.axvline(1, color=COLORS["fastadam"], lw=1.5, zorder=4)
     axes.set_xscale("log")
@@ -129,24 +141,35 @@ def _bars(axes: Any, groups: Mapping[str, Sequence[Any]], times: Mapping[str, fl
     _finish(axes, "x")
 
 
-def _lines(axes: Any, session: Session, sizes: Sequence[int], times: Mapping[str, float]) -> None:
-    seconds = {(one.contender, one.workload): one for one in session.measured}
-    nanoseconds = [times[str(size)] / size * 1e9 for size in sizes]
+def _lines(axes: Any, session: Session, sizes: Sequence[int], times: Mapping[str, Own]) -> None:
     for contender, color in COLORS.items():
-        if contender == "fastadam":
-            xs, ys = list(sizes), nanoseconds
-        else:
-            found = [(size, seconds.get((contender, str(size)))) for size in sizes]
-            xs = [size for size, one in found if one]
-            # By the ratio, and not by its own time: that pair may have had a slow moment.
-            ys = [one.ratio.median * times[str(s)] / s * 1e9 for s, one in found if one]
-        if xs:
-            own = contender == "fastadam"
+        own = contender == "fastadam"
+        found = {one.workload: one for one in session.measured if one.contender == contender}
+        # By size: seconds, of the same rounds as the ratios; and where those are noisy, which.
+        quiet, noisy = {}, {}
+        for size in sizes:
+            one = found.get(str(size))
+            if own and times[str(size)].noisy:
+                noisy[size] = times[str(size)].seconds[1:]
+            elif own:
+                quiet[size] = times[str(size)].seconds.median
+            elif one and one.noisy:
+                noisy[size] = (one.seconds, one.seconds)
+            elif one:
+                quiet[size] = one.seconds
+        label = peers.by_name(contender).title
+        if quiet:
             axes.plot(
-                xs, ys, marker="o", ms=4, color=color, lw=2.5 if own else 1.3,
-                ls="--" if contender == "roofline" else "-", zorder=3 if own else 2,
-                label=peers.by_name(contender).title,
+                list(quiet), [seconds / size * 1e9 for size, seconds in quiet.items()],
+                marker="o", ms=4, color=color, lw=2.5 if own else 1.3,
+                ls="--" if contender in peers.ROOFLINES else "-", zorder=3 if own else 2,
+                label=label,
             )  # fmt: skip
+        for size, ends in noisy.items():
+            heights = [seconds / size * 1e9 for seconds in ends]
+            axes.plot([size, size], heights, marker="_", color=color, label=label, zorder=1)
+            place = (size, heights[-1])
+            axes.annotate("noisy", place, (3, 2), textcoords="offset points", fontsize=6)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")

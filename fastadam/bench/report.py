@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import datetime as dt
 import platform
-import statistics
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastadam.bench import memory, peers
+from fastadam.bench.measure import Spread, spread
 from fastadam.bench.workloads import count
 
 if TYPE_CHECKING:
@@ -16,11 +16,18 @@ if TYPE_CHECKING:
 
     from fastadam.bench.session import Missing, Session
 
-__all__ = ["fastadam_seconds", "installed", "not_measured", "to_dict"]
+__all__ = ["as_dict", "fastadam_seconds", "installed", "not_measured", "to_dict"]
 
 
-def fastadam_seconds(session: Session) -> dict[str, float]:
-    """Return fastadam's time per step by workload: the median over its opponents.
+class Own(NamedTuple):
+    """fastadam's time of a step, and whether it says too little to be shown."""
+
+    seconds: Spread
+    noisy: bool
+
+
+def fastadam_seconds(session: Session) -> dict[str, Own]:
+    """Return fastadam's time per step by workload, from the pairs that gave the ratios.
 
     Parameters
     ----------
@@ -29,13 +36,39 @@ def fastadam_seconds(session: Session) -> dict[str, float]:
 
     Returns
     -------
-    dict of str to float
-        Seconds, for every workload of which there is a result.
+    dict of str to Own
+        Seconds, for every workload of which there is a result: over all
+        rounds of the pairs that are not noisy, or of all pairs where every
+        one is, and then this is noisy too.
     """
-    times: dict[str, list[float]] = {}
+    quiet: dict[str, list[float]] = {}
+    every: dict[str, list[float]] = {}
     for one in session.measured:
-        times.setdefault(one.workload, []).append(one.fastadam_seconds)
-    return {workload: statistics.median(seconds) for workload, seconds in times.items()}
+        for times in (every,) if one.noisy else (every, quiet):
+            times.setdefault(one.workload, []).extend(one.fastadam_rounds)
+    found = {}
+    for workload, rounds in (every | quiet).items():
+        seconds = spread(rounds)
+        found[workload] = Own(seconds, seconds.noisy or workload not in quiet)
+    return found
+
+
+def as_dict(values: Spread, noisy: bool | None = None) -> dict[str, Any]:
+    """Return a spread in a form fit for JSON.
+
+    Parameters
+    ----------
+    values : Spread
+        Of ratios, or of seconds.
+    noisy : bool, optional
+        Whether it says too little to be shown; by default, by its quartiles.
+
+    Returns
+    -------
+    dict
+        ``median``, ``q1``, ``q3`` (float) and ``noisy`` (bool).
+    """
+    return {**values._asdict(), "noisy": values.noisy if noisy is None else noisy}
 
 
 def not_measured(missing: Sequence[Missing], workloads: Iterable[str]) -> list[str]:
@@ -112,9 +145,14 @@ def to_dict(
             busy while it was measured.
         ``results``
             A list of dicts: ``workload``, ``contender`` (str); ``seconds``,
-            ``fastadam_seconds`` (float: median per step); ``ratio`` (dict of
-            ``median``, ``q1``, ``q3``, floats: the contender's time over
-            fastadam's); ``rounds``, ``number``, ``fastadam_number`` (int).
+            ``fastadam_seconds`` (float: median per step of this pair);
+            ``ratio`` (dict of ``median``, ``q1``, ``q3``, floats: the
+            contender's time over fastadam's); ``noisy`` (bool: the quartiles
+            are too far apart, or ``crowded``, bool: other processes kept CPUs
+            busy that a step needs); ``rounds``, ``number``, ``fastadam_number`` (int).
+        ``fastadam_seconds``
+            By workload, over all pairs that are not noisy: ``median``,
+            ``q1``, ``q3``, ``noisy``.
         ``not_measured``
             A list of dicts: ``contender`` (str), ``workload`` (str, or None
             for all), ``reason`` (str).
@@ -138,12 +176,17 @@ def to_dict(
                 "seconds": one.seconds,
                 "fastadam_seconds": one.fastadam_seconds,
                 "ratio": one.ratio._asdict(),
+                "noisy": one.noisy,
+                "crowded": one.crowded,
                 "rounds": one.rounds,
                 "number": one.number,
                 "fastadam_number": one.fastadam_number,
             }
             for one in session.measured
         ],
+        "fastadam_seconds": {
+            name: as_dict(*own) for name, own in fastadam_seconds(session).items()
+        },
         "not_measured": [
             {"contender": one.contender, "workload": one.workload, "reason": one.reason}
             for one in session.missing

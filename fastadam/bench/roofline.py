@@ -1,4 +1,7 @@
-"""The same traffic to memory as a step, and next to no arithmetic: how fast a step could be.
+"""The same traffic to memory as a step, and little arithmetic: how fast a step could be.
+
+`Roofline` has next to none, and shows what the memory allows; `Divider` has the
+square root and the division of the formula, and shows what the divider allows.
 
 Brings the compiler along: to be imported where it is used.
 """
@@ -6,6 +9,7 @@ Brings the compiler along: to be imported where it is used.
 from __future__ import annotations
 
 import functools
+import math
 from typing import TYPE_CHECKING, Any
 
 import numba
@@ -30,7 +34,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["Roofline"]
+__all__ = ["Divider", "Roofline"]
 
 
 class Roofline:
@@ -59,6 +63,8 @@ class Roofline:
     array([1.5, 1.5, 1.5], dtype=float32)
     """
 
+    _divides = False
+
     def __init__(
         self,
         params: Sequence[NDArray[Any]],
@@ -71,7 +77,7 @@ class Roofline:
         plan = self._opt._plan
         plan.take_grads(self._grads, tail)
         (context,) = plan.contexts
-        move = _kernel(context.dtype, context.parallel, tail)
+        move = _kernel(context.dtype, context.parallel, tail, self._divides)
         norm = _cpu.sum_kernel(context.dtype, parallel=context.parallel)
         self._address = context.address
         self._kernels = [norm, move] if tail else [move]
@@ -80,6 +86,46 @@ class Roofline:
         """Pass over memory once; with `tail`, over the gradients twice."""
         for kernel in self._kernels:
             kernel(self._address, 1.0)
+
+
+class Divider(Roofline):
+    """Read and write the same, and take a square root and divide, once for each element.
+
+    param becomes ``exp_avg / sqrt(exp_avg_sq)``, exp_avg the gradient and
+    exp_avg_sq the old param: there is no other arithmetic, and what is positive
+    at first stays so, and neither overflows nor becomes subnormal.
+
+    Parameters
+    ----------
+    params, grads : sequences of ndarray
+        As for `Roofline`; positive.
+    tail : bool, default False
+        As for `Roofline`, whose first pass is the same.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastadam.bench.roofline import Divider
+    >>> param = np.ones(2, np.float32)
+    >>> divider = Divider([param], [np.full(2, 0.25, np.float32)])
+    >>> for _ in range(2):
+    ...     divider.step()
+    >>> param
+    array([0.25, 0.25], dtype=float32)
+    """
+
+    _divides = True
+
+    def __init__(
+        self,
+        params: Sequence[NDArray[Any]],
+        grads: Sequence[NDArray[Any]],
+        tail: bool = False,
+    ) -> None:
+        super().__init__(params, grads, tail)
+        for state in self._opt.state.values():
+            state["exp_avg"].fill(1)
+            state["exp_avg_sq"].fill(1)
 
 
 # Whether there is an average: in `move_chunk`, replaced by True or None.
@@ -117,13 +163,32 @@ def move_elements(
             store(grad, i, zero, GRAD)
 
 
+@_jit.inline
+def divide_elements(
+    param: Any, grad: Any, exp_avg: Any, exp_avg_sq: Any, ema: Any, size: Any, zero: Any
+) -> None:
+    """Take the square root and the division of the formula, and pass values around."""
+    for i in range(size):
+        p, g = load(param, i, zero, PARAM), load(grad, i, zero, GRAD)
+        m, v = load(exp_avg, i, zero, EXP_AVG), load(exp_avg_sq, i, zero, EXP_AVG_SQ)
+        store(param, i, m / math.sqrt(v), PARAM)
+        store(exp_avg, i, g, EXP_AVG)
+        if ema is None:
+            store(exp_avg_sq, i, p, EXP_AVG_SQ)
+        else:
+            store(exp_avg_sq, i, load(ema, i, zero, EMA), EXP_AVG_SQ)
+            store(ema, i, p, EMA)
+            store(grad, i, zero, GRAD)
+
+
 @functools.cache
-def _kernel(dtype: Any, parallel: bool, tail: bool) -> Any:
+def _kernel(dtype: Any, parallel: bool, tail: bool, divides: bool) -> Any:
     """Make the loop over chunks that sums squares do something else in each.
 
     Its machine code is not kept: the cache's key does not cover this file.
     """
-    move = _jit.inline(bind(move_chunk, AVERAGE=True if tail else None))
+    elements = divide_elements if divides else move_elements
+    move = _jit.inline(bind(move_chunk, AVERAGE=tail or None, move_elements=elements))
     loop = _cpu.sum_parallel if parallel else _cpu.sum_serial
     function = bind(loop, FLOAT=dtype.type, sum_chunk=move)
     return numba.njit(parallel=parallel, nogil=parallel, **_jit.FLAGS)(function)

@@ -39,28 +39,47 @@ class Measured:
     ----------
     contender, workload : str
         Names.
-    seconds, fastadam_seconds : float
-        Median time of a step.
+    seconds : float
+        Median time of a step of the contender.
+    fastadam_rounds : tuple of float
+        Times of a step of fastadam, round by round.
     ratio : Spread
         Of the contender's time over fastadam's, round by round.
     rounds : int
         How many ratios.
     number, fastadam_number : int
-        Steps in a timed burst.
+        Steps in a timed burst, the last one.
     host_seconds, fastadam_host_seconds : Spread or None
         Of a call alone, where the step itself runs on a CUDA device.
+    crowded : bool
+        Whether other processes kept CPUs busy that a step needs.
     """
 
     contender: str
     workload: str
     seconds: float
-    fastadam_seconds: float
+    fastadam_rounds: tuple[float, ...]
     ratio: Spread
     rounds: int
     number: int
     fastadam_number: int
     host_seconds: Spread | None = None
     fastadam_host_seconds: Spread | None = None
+    crowded: bool = False
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the ratio says too little to be shown: rounds differ, or CPUs were busy.
+
+        Beside busy CPUs rounds may well agree, on times that tell of the
+        others alone.
+        """
+        return self.ratio.noisy or self.crowded
+
+    @property
+    def fastadam_seconds(self) -> float:
+        """Median time of a step of fastadam."""
+        return spread(self.fastadam_rounds).median
 
 
 @dataclass(frozen=True)
@@ -171,13 +190,14 @@ def _record(session: Session, peer: Peer, event: Mapping[str, Any], left: dict[s
                 contender=peer.name,
                 workload=str(workload),
                 seconds=spread(theirs).median,
-                fastadam_seconds=spread(ours).median,
+                fastadam_rounds=tuple(ours),
                 ratio=spread(ratios),
                 rounds=len(ratios),
                 number=event["other_number"],
                 fastadam_number=event["number"],
                 host_seconds=_spread(event.get("other_host_seconds")),
                 fastadam_host_seconds=_spread(event.get("host_seconds")),
+                crowded=event.get("crowded", False),
             )
         )
     elif kind in ("skipped", "unavailable", "died"):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fastadam.bench import peers
+from fastadam.bench import measure, peers
+from fastadam.bench.load import BUSY
 from fastadam.bench.report import fastadam_seconds
 from fastadam.bench.workloads import count
 
@@ -13,39 +14,37 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from fastadam.bench.measure import Spread
-    from fastadam.bench.session import Session
+    from fastadam.bench.report import Own
+    from fastadam.bench.session import Measured, Session
 
 __all__ = [
     "Column",
     "format_ratio",
     "format_seconds",
     "print_columns",
+    "say",
     "show",
     "show_conditions",
     "split",
 ]
 
-# In two lines, so that all columns fit into 80 characters.
+# In two lines, so that more columns fit beside one another.
 HEADS = {
     "torch-fused": ("torch", "fused"),
     "torch-foreach": ("torch", "foreach"),
-    "deepspeed": ("Deep-", "Speed"),
+    "deepspeed": ("", "DeepSpeed"),
     "optax": ("", "optax"),
     "thinc": ("", "thinc"),
     "scikit-learn": ("scikit-", "learn"),
     "opt-grads": ("opt.", "grads"),
     "cupy": ("", "CuPy"),
     "cupy-kernel": ("CuPy", "kernel"),
-    "roofline": ("roof-", "line"),
+    "roofline": ("memory", "roofline"),
+    "divider": ("divider", "roofline"),
 }
 # What a step reads and writes, in times the parameters' bytes; with the tail, the gradients
 # twice and an average as well.
 TRAFFIC, TAIL_TRAFFIC = 7, 11
-# Where the upper quartile is so much more than the lower, a ratio is marked.
-NOISY = 1.25
-# CPUs kept busy by others from which there is a warning.
-BUSY = 0.15
 
 
 class Column(NamedTuple):
@@ -111,6 +110,19 @@ def format_ratio(ratio: float) -> str:
 
 def _three_digits(number: float) -> str:
     return f"{number:,.{2 if number < 9.995 else 1 if number < 99.95 else 0}f}"
+
+
+def say(console: Console, text: str) -> None:
+    """Print text in lines of whole words, of which one may be longer than the console.
+
+    Parameters
+    ----------
+    console : rich.console.Console
+        Where to.
+    text : str
+        One or more lines.
+    """
+    console.print(text, overflow="ignore", crop=False)
 
 
 def show(
@@ -202,27 +214,40 @@ def _columns(
 
     fixed = [
         column(("", first), (f"{int(name):,}" if name.isdigit() else name for name in rows)),
-        column(("", "fastadam"), (format_seconds(times[name], micro) for name in rows)),
+        column(("", "fastadam"), (_time(times[name], micro) for name in rows)),
     ]
     extra = [
         column(("", "tensors"), (f"{len(shapes[name]):,}" for name in rows)),
         column(("", "elements"), (f"{elements[name]:,}" for name in rows)),
-        column(("", "GB/s"), (f"{elements[n] * step_bytes / times[n] / 1e9:.1f}" for n in rows)),
+        column(
+            ("", "GB/s"),
+            (
+                "-"
+                if times[n].noisy
+                else f"{elements[n] * step_bytes / times[n].seconds.median / 1e9:.1f}"
+                for n in rows
+            ),
+        ),
     ]
-    ratios = {(one.contender, one.workload): one.ratio for one in session.measured}
+    ratios = {(one.contender, one.workload): one for one in session.measured}
     plain, full = [], []
     for contender, head in HEADS.items():
         own = [ratios.get((contender, name)) for name in rows]
         if any(own):
-            as_share = contender == "roofline"
+            as_share = contender in peers.ROOFLINES
             plain.append(Column(head, [_cell(ratio, as_share, False) for ratio in own]))
             full.append(Column(head, [_cell(ratio, as_share, True) for ratio in own]))
     return fixed, extra, plain, full
 
 
-def _cell(ratio: Spread | None, as_share: bool, quartiles: bool) -> tuple[str, str]:
-    if ratio is None:
+def _time(own: Own, micro: str) -> str:
+    return "noisy" if own.noisy else format_seconds(own.seconds.median, micro)
+
+
+def _cell(one: Measured | None, as_share: bool, quartiles: bool) -> tuple[str, str]:
+    if one is None:
         return "-", "dim"
+    ratio = one.ratio
     if as_share:
         text, texts = f"{ratio.median:.0%}", f"{ratio.q1 * 100:.0f} - {ratio.q3:.0%}"
         style = ""
@@ -230,9 +255,9 @@ def _cell(ratio: Spread | None, as_share: bool, quartiles: bool) -> tuple[str, s
         text, texts = format_ratio(ratio.median), " - ".join(map(format_ratio, ratio[1:]))
         # Only what most rounds agree on gets a colour.
         style = "green" if ratio.q1 > 1.02 else "red" if ratio.q3 < 0.98 else ""
-    if quartiles:
-        return f"{text} ({texts})", style
-    return f"{'~' if ratio.q3 > NOISY * ratio.q1 else ''}{text}", style
+    if one.noisy:
+        text, style = "noisy", "dim"
+    return f"{text} ({texts})" if quartiles else text, style
 
 
 def print_columns(console: Console, columns: Sequence[Column], rows: int) -> None:
@@ -274,38 +299,43 @@ def show_conditions(console: Console, report: Mapping[str, Any]) -> None:
     """
     machine = report["machine"]
     quota = "" if machine["cpu_quota"] is None else f", the time of {machine['cpu_quota']:g}"
-    console.print(f"{machine['cpu']}, {machine['cpus_allowed']} CPUs{quota}; {machine['system']}")
+    say(console, f"{machine['cpu']}, {machine['cpus_allowed']} CPUs{quota}; {machine['system']}")
     if "device" in report:
-        console.print(report["device"]["summary"])
+        say(console, report["device"]["summary"])
     by_number: dict[int, list[str]] = {}
     for name, threads in report["threads"].items():
         if threads is not None:
             by_number.setdefault(threads, []).append(peers.by_name(name).title)
     text = "; ".join(f"{number}: {', '.join(titles)}" for number, titles in by_number.items())
     if text:
-        console.print(f"Threads of a large step: {text}")
-    console.print(", ".join(f"{name} {version}" for name, version in report["versions"].items()))
+        say(console, f"Threads of a large step: {text}")
+    say(console, ", ".join(f"{name} {version}" for name, version in report["versions"].items()))
     counts = sorted({result["rounds"] for result in report["results"]})
     rounds = " to ".join(str(number) for number in dict.fromkeys((counts[0], counts[-1])))
-    console.print(
+    say(
+        console,
         f"{report['settings']['dtype']}; medians of {rounds} rounds, in which the two of a pair"
-        " take turns in a process of their own."
+        " take turns in a process of their own; fastadam's own time is of the same rounds.",
     )
-    noisy = [r for r in report["results"] if r["ratio"]["q3"] > NOISY * r["ratio"]["q1"]]
+    noisy = sum(result["noisy"] for result in report["results"])
     if noisy:
-        console.print(
-            f"~ {len(noisy)} of {len(report['results'])} ratios are uncertain, their quartiles"
-            " more than 25% apart"
+        say(
+            console,
+            f"noisy: {noisy} of {len(report['results'])} ratios say too little to be shown, as "
+            f"their quartiles are more than {measure.NOISY - 1:.0%} apart, or other processes "
+            "kept CPUs busy that a step needs.",
         )
     busy = [cpus for cpus in report["other_cpus"].values() if cpus and cpus > BUSY]
     if busy and "device" in report:
-        console.print(
+        say(
+            console,
             f"Warning: other processes kept up to {max(busy):.1f} CPUs busy meanwhile, which may"
-            " have held up calls on the host."
+            " have held up calls on the host.",
         )
     elif busy:
-        console.print(
+        say(
+            console,
             f"Warning: other processes kept up to {max(busy):.1f} CPUs busy meanwhile. Threads"
             " that wait for one another then take many times as long, so that the ratios say"
-            " little: measure again on an idle machine."
+            " little: measure again on an idle machine.",
         )

@@ -10,7 +10,8 @@ and writes lines of JSON, the events, each with a key ``event``:
 ``start``, ``round``
     A workload begins; ``done`` of its ``rounds`` are over.
 ``result``
-    ``seconds``, ``other_seconds`` per round, ``number``, ``other_number``; of
+    ``seconds``, ``other_seconds`` per round, ``number``, ``other_number``,
+    ``crowded`` (bool: other processes kept CPUs busy that a step needs); of
     a step on a CUDA device also ``host_seconds``, ``other_host_seconds``.
 ``skipped``
     A workload is left out, or has failed: ``reason``.
@@ -34,6 +35,7 @@ import threading
 from typing import TYPE_CHECKING, Any, TextIO
 
 from fastadam.bench import cuda_library, memory, peers
+from fastadam.bench.load import Others, crowds
 from fastadam.bench.measure import BURST, CUDA_BURST, compare, host_costs
 from fastadam.bench.workloads import count, draw
 
@@ -180,18 +182,22 @@ def _compare(
     both = [p.make(params, grads, spec["tail"]) for p in pair]
     del params
     refill = any(contender.clears_grads for contender in both)
-    found = compare(
-        *both,
-        rounds=spec["rounds"],
-        refill=refill,
-        burst_seconds=CUDA_BURST if on_cuda else BURST,
-        on_round=lambda done, rounds: emit("round", workload=name, done=done, rounds=rounds),
-    )
+    with Others() as others:
+        found = compare(
+            *both,
+            rounds=spec["rounds"],
+            refill=refill,
+            burst_seconds=CUDA_BURST if on_cuda else BURST,
+            on_round=lambda done, rounds: emit("round", workload=name, done=done, rounds=rounds),
+        )
+    # On a device, threads of others do not take part in a step.
+    needed = 0 if on_cuda else max(contender.threads() or 1 for contender in both)
+    crowded = others.cpus is not None and crowds(others.cpus, needed)
     host: dict[str, Any] = {}
     if on_cuda and not refill:
         keys = ("host_seconds", "other_host_seconds")
         host = dict(zip(keys, host_costs(*both, rounds=HOST_ROUNDS), strict=True))
-    emit("result", workload=name, **found._asdict(), **host)
+    emit("result", workload=name, crowded=crowded, **found._asdict(), **host)
 
 
 def describe(error: BaseException) -> str:

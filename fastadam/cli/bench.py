@@ -45,7 +45,8 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="measure fastadam beside other optimizers on this machine",
         description=(
             "Measure the time of a step beside every other optimizer that is installed, and "
-            "beside the time in which this machine can move as much memory. Takes minutes; "
+            "beside the times in which this machine can move as much memory, without arithmetic "
+            "and with a square root and a division for each element. Takes minutes; "
             "DeepSpeed compiles its extension the first time."
         ),
     )
@@ -161,11 +162,7 @@ def run(args: argparse.Namespace) -> int:
     rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
     for part in parts:
         if args.json != STDOUT:
-            say(
-                f"Measuring the time of {part.what} ({args.dtype}): fastadam beside "
-                f"{len(chosen)} others on {len(part.shapes)} workloads. Use the machine for "
-                "nothing else meanwhile."
-            )
+            say(_announcement(chosen, part, args.dtype))
         part.session = _measure(chosen, part, args, rounds)
     report = to_dict(parts, _settings(args, parts, rounds))
     if not report["results"]:
@@ -177,6 +174,9 @@ def run(args: argparse.Namespace) -> int:
         say(text)
     else:
         show(parts, report)
+        absent = _absent(args.peer, args.device)
+        if absent:
+            say(absent)
     if json_file is not None:
         _write(args, json_file, lambda path: path.write_text(text + "\n", encoding="utf-8"))
     if args.plot is not None:
@@ -238,9 +238,31 @@ def _peers(names: Sequence[str] | None, device: str = "cpu") -> list[Peer]:
                 f"--peer must be one of {', '.join(peer.name for peer in theirs)} with --device "
                 f"{device}, got {name}"
             )
-    own = [peer for peer in ours if peer.name == "roofline"]
-    rest = [peer for peer in ours if peer.name != "roofline"]
-    return own + rest + [peer for peer in theirs if names is None or peer.name in names]
+    own = [peer for peer in ours if peer.name in peers.ROOFLINES]
+    rest = [peer for peer in ours if peer.name not in peers.ROOFLINES]
+    # Who is not installed takes part nowhere, unless he is asked for: then it says why not.
+    wanted = [peer for peer in theirs if (peer.installed if names is None else peer.name in names)]
+    return own + rest + wanted
+
+
+def _absent(names: Sequence[str] | None, device: str) -> str:
+    """Say who could take part if installed, an empty string if none."""
+    every = peers.CUDA_PEERS if device == "cuda" else peers.PEERS
+    absent = [peer.title for peer in every if names is None and not peer.installed]
+    return f"Not installed, so not compared: {', '.join(absent)}." if absent else ""
+
+
+def _announcement(chosen: Sequence[Peer], part: Part, dtype: str) -> str:
+    others = [
+        peer.title for peer in chosen if peer.package and peer.why_not(dtype, part.tail) is None
+    ]
+    number = len(part.shapes)
+    return (
+        f"Measuring the time of {part.what} ({dtype}) on {number} "
+        f"workload{'' if number == 1 else 's'}: fastadam beside {len(others) or 'no'} other "
+        f"optimizer{'' if len(others) == 1 else 's'}{' (' if others else ''}"
+        f"{', '.join(others)}{')' if others else ''}. Use the machine for nothing else meanwhile."
+    )
 
 
 def _workloads(args: argparse.Namespace) -> tuple[list[str], tuple[int, ...]]:
