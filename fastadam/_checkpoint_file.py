@@ -190,7 +190,13 @@ def blaming(path: Path) -> Iterator[None]:
         ValueError,
     ) as error:
         _raise_systems(error, path)
-        text = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+        # safetensors' words for bytes that are something else altogether.
+        header = "Error while deserializing header: "
+        text = " ".join(str(error).split())
+        if text.startswith(header):
+            text = f"safetensors finds no header that it can read ({text[len(header) :]:.200})"
+        else:
+            text = f"{type(error).__name__}: {text:.200}"
         raise CheckpointError(f"{path} is no checkpoint, or damaged: {text}") from error
 
 

@@ -35,7 +35,8 @@ from fastadam.bench import workloads as w
 GROUP = pytest.mark.skipif(not hasattr(os, "killpg"), reason="no process groups here")
 
 
-MODULES = ["load", "measure", "memory", "peers", "report", "tables", "worker", "workloads"]
+MODULES = ["load", "measure", "memory", "peers", "report", "roofline", "tables", "text"]
+MODULES += ["worker", "workloads"]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -9,7 +9,7 @@ from argparse import Namespace
 import pytest
 
 import fastadam
-from fastadam.bench import driver
+from fastadam.bench import driver, load, spin
 from fastadam.cli import info, probe
 
 # Whatever the tests themselves run under must not reach the child.
@@ -43,7 +43,7 @@ def warned(facts, *words):
 def facts():
     """A machine of 8 CPUs on which all is well."""
     return {
-        "machine": {"cpus": 8, "cpus_allowed": 8, "cpu_quota": None},
+        "machine": {"cpus": 8, "cpus_allowed": 8, "cpu_quota": None, "busy_cpus": 0.2},
         "simd": {"compiled_for": "znver4"},
         "threads": {
             "count": 8,
@@ -167,6 +167,14 @@ class TestWarnings:
                 "of 1.5 CPUs to 8 threads: set NUMBA_NUM_THREADS=1",
             ),
             ("machine", {"cpus": 16}, {}, "allows 8 of 16 CPUs"),
+            (
+                "machine",
+                {"busy_cpus": 1.2},
+                {},
+                "keep about 1.2 of 8 CPUs, and a step in 8 threads",
+            ),
+            ("machine", {"busy_cpus": 1.2}, {}, "NUMBA_NUM_THREADS=7 makes fewer"),
+            ("machine", {"busy_cpus": 11.0}, {}, "NUMBA_NUM_THREADS=1 makes fewer"),
             ("threads", {"count": 4}, {}, "4 of 8 CPUs used: the others stay idle"),
             ("threads", {"count": 16, "seen": 16}, {}, "16 threads share 8 CPUs"),
             ("threads", {"seen": 2}, {"OMP_THREAD_LIMIT": "2"}, "only 2 of 8 threads took part"),
@@ -183,6 +191,31 @@ class TestWarnings:
         facts[part] |= change
         (warning,) = info._warnings(facts, environ)
         assert expected in warning
+
+
+class TestBusy:
+    def test_not_where_there_is_room(self, facts):
+        facts["machine"] |= {"busy_cpus": 3.0, "cpus": 16, "cpus_allowed": 16}
+        assert not warned(facts | {"warnings": info._warnings(facts, {})}, "busy")
+        facts["machine"]["busy_cpus"] = None
+        assert not warned(facts | {"warnings": info._warnings(facts, {})}, "busy")
+
+    def test_not_for_one_thread(self, facts):
+        facts["threads"] |= {"count": 1, "seen": 1, "on_cpus": 1}
+        facts["machine"]["busy_cpus"] = 8.0
+        assert not warned(facts | {"warnings": info._warnings(facts, {})}, "busy")
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="/proc/stat")
+    def test_sees_processes_that_spin(self):
+        with spin.Spinners(1):
+            assert probe.busy_cpus(0.5) > 0.2  # its share of a CPU, whatever else runs
+
+    def test_elsewhere_the_load_tells(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(load.Others.__init__, "__defaults__", (tmp_path / "none",))
+        monkeypatch.setattr(probe.os, "getloadavg", lambda: (1.5, 9.0, 9.0), raising=False)
+        assert probe.busy_cpus(0.0) == 1.5
+        monkeypatch.delattr(probe.os, "getloadavg")
+        assert probe.busy_cpus(0.0) is None
 
 
 class TestQuota:

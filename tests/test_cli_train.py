@@ -276,7 +276,7 @@ def test_a_full_disk_under_the_output(monkeypatch, capsys):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fastadam.cli.info.say", full)
+    monkeypatch.setattr("fastadam.cli.info.write", full)
     assert cli.main(["info"]) == 1
     assert capsys.readouterr().err == "fastadam info: error: No space left on device\n"
 

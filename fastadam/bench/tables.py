@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fastadam.bench import measure, peers
 from fastadam.bench.load import BUSY
 from fastadam.bench.report import fastadam_seconds
+from fastadam.bench.text import wrapped
 from fastadam.bench.workloads import count
 
 if TYPE_CHECKING:
@@ -122,7 +123,8 @@ def say(console: Console, text: str) -> None:
     text : str
         One or more lines.
     """
-    console.print(text, overflow="ignore", crop=False)
+    # rich would either cut a word that is longer, or break no line at all.
+    console.print(wrapped(text, console.width), no_wrap=True, overflow="ignore", crop=False)
 
 
 def show(

@@ -10,14 +10,30 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+
+from fastadam.bench.text import wrapped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["CommandError", "main", "output_path", "printable", "require", "say", "whole_number"]
+__all__ = [
+    "CommandError",
+    "columns",
+    "counted",
+    "in_rows",
+    "main",
+    "output_path",
+    "printable",
+    "require",
+    "say",
+    "whole_number",
+    "wrapped",
+    "write",
+]
 
 
 class CommandError(Exception):
@@ -36,10 +52,25 @@ class CommandError(Exception):
         self.status = status
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Help in lines of whole words: argparse would also break at hyphens."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return wrapped(" ".join(text.split()), width).split("\n")
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines = self._split_lines(text, width - len(indent))
+        return "\n".join(indent + line for line in lines)
+
+
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=_Formatter, **options)
+
     def error(self, message: str) -> NoReturn:
-        # One line, where argparse would print the usage as well.
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        # Without the usage, which argparse would print as well.
+        _complain(f"{self.prog}: error: {message} (see {self.prog} --help)")
+        self.exit(2)
 
 
 def _build_parser() -> _Parser:
@@ -85,10 +116,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         status: int = args.run(args)
         sys.stdout.flush()
     except CommandError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
+        _complain(f"{prog}: error: {error}")
         return error.status
     except KeyboardInterrupt as stop:  # a command may add what is left of its work
-        print("; ".join([f"{prog}: interrupted", *map(str, stop.args)]), file=sys.stderr)
+        _complain("; ".join([f"{prog}: interrupted", *map(str, stop.args)]))
         return 130
     except BrokenPipeError:
         # The reader has left, as in `fastadam train | head -1`. Python flushes stdout once more
@@ -96,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:  # the disk under stdout is full
-        print(f"{prog}: error: {error.strerror or error}", file=sys.stderr)
+        _complain(f"{prog}: error: {error.strerror or error}")
         return 1
     return status
 
@@ -213,13 +244,103 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
+def counted(number: int, noun: str) -> str:
+    """Write a number and a noun, in the plural unless it is one.
+
+    Parameters
+    ----------
+    number : int
+        At least 0.
+    noun : str
+        In the singular.
+
+    Returns
+    -------
+    str
+        Such as ``"1 name"``.
+
+    Examples
+    --------
+    >>> from fastadam.cli import counted
+    >>> counted(1, "name"), counted(5163, "name"), counted(0, "name")
+    ('1 name', '5,163 names', 'no names')
+    """
+    return f"{number or 'no':{',' if number else ''}} {noun}{'' if number == 1 else 's'}"
+
+
+def columns(stream: TextIO) -> int | None:
+    """Return how many characters fit in a line.
+
+    Parameters
+    ----------
+    stream : text file
+        Where to.
+
+    Returns
+    -------
+    int or None
+        What COLUMNS or the terminal says; None for a file or a pipe, where
+        lines are as long as they are.
+    """
+    return shutil.get_terminal_size().columns if stream.isatty() else None
+
+
+def in_rows(rows: Sequence[tuple[str, str]], width: int | None) -> list[str]:
+    """Write keys and values in two columns.
+
+    Parameters
+    ----------
+    rows : sequence of tuples of str
+        Key and value.
+    width : int or None
+        As for `wrapped`.
+
+    Returns
+    -------
+    list of str
+        Lines.
+
+    Examples
+    --------
+    >>> from fastadam.cli import in_rows
+    >>> for line in in_rows([("key", "a long value"), ("", "x")], 11):
+    ...     print(line)
+    key  a long
+         value
+         x
+    """
+    indent = max(len(key) for key, _ in rows) + 2
+    lines = []
+    for key, value in rows:
+        parts = wrapped(value, None if width is None else max(1, width - indent)).split("\n")
+        lines.append(f"{key:<{indent}}{parts[0]}")
+        lines += [" " * indent + part for part in parts[1:]]
+    return lines
+
+
+def _complain(text: str) -> None:
+    """Print a line on standard error, on a terminal in as many as it takes."""
+    print(wrapped(text, columns(sys.stderr)), file=sys.stderr)
+
+
 def say(text: str) -> None:
-    """Print, even what the terminal's encoding lacks (as an escape).
+    """Print in lines of whole words, even what the terminal's encoding lacks (as an escape).
 
     Parameters
     ----------
     text : str
         One or more lines.
+    """
+    write(wrapped(text, columns(sys.stdout)))
+
+
+def write(text: str) -> None:
+    """Print as it is, even what the terminal's encoding lacks (as an escape).
+
+    Parameters
+    ----------
+    text : str
+        One or more lines; such as JSON, to which a new line could do harm.
     """
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding))

@@ -13,11 +13,13 @@ from fastadam.bench.session import measure
 from fastadam.cli import (
     CommandError,
     bench_load,
+    counted,
     output_path,
     outputs,
     require,
     say,
     whole_number,
+    write,
 )
 
 if TYPE_CHECKING:
@@ -171,14 +173,14 @@ def run(args: argparse.Namespace) -> int:
 
     text = json.dumps(report, indent=1, allow_nan=False)
     if args.json == STDOUT:
-        say(text)
+        write(text)
     else:
         show(parts, report)
         absent = _absent(args.peer, args.device)
         if absent:
             say(absent)
     if json_file is not None:
-        _write(args, json_file, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+        _save(args, json_file, lambda path: path.write_text(text + "\n", encoding="utf-8"))
     if args.plot is not None:
         from fastadam.bench.plot import save_plot
 
@@ -188,7 +190,7 @@ def run(args: argparse.Namespace) -> int:
         cpu = f"{report['machine']['cpu']}, {threads} threads"
         title += report["device"]["name"] if args.device == "cuda" else cpu
         own = {name: part.shapes[name] for name in part.named}
-        _write(
+        _save(
             args,
             args.plot,
             lambda path: save_plot(
@@ -256,12 +258,11 @@ def _announcement(chosen: Sequence[Peer], part: Part, dtype: str) -> str:
     others = [
         peer.title for peer in chosen if peer.package and peer.why_not(dtype, part.tail) is None
     ]
-    number = len(part.shapes)
+    names = f" ({', '.join(others)})" if others else ""
     return (
-        f"Measuring the time of {part.what} ({dtype}) on {number} "
-        f"workload{'' if number == 1 else 's'}: fastadam beside {len(others) or 'no'} other "
-        f"optimizer{'' if len(others) == 1 else 's'}{' (' if others else ''}"
-        f"{', '.join(others)}{')' if others else ''}. Use the machine for nothing else meanwhile."
+        f"Measuring the time of {part.what} ({dtype}) on {counted(len(part.shapes), 'workload')}: "
+        f"fastadam beside {counted(len(others), 'other optimizer')}{names}. Use the machine for "
+        "nothing else meanwhile."
     )
 
 
@@ -339,7 +340,7 @@ def _settings(args: argparse.Namespace, parts: Sequence[Part], rounds: int) -> d
     return settings | {"device": "cuda"} if args.device == "cuda" else settings
 
 
-def _write(args: argparse.Namespace, path: Path, write: Callable[[Path], object]) -> None:
-    outputs.save(path, write)
+def _save(args: argparse.Namespace, path: Path, content: Callable[[Path], object]) -> None:
+    outputs.save(path, content)
     if args.json != STDOUT:
         say(f"Saved {path}")

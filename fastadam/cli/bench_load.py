@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from fastadam.cli import CommandError, outputs, require, say
+from fastadam.cli import CommandError, outputs, require, say, write
 
 if TYPE_CHECKING:
     import argparse
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace, json_file: Any) -> int:
     if tables:
         load_report.show(report)
     else:
-        say(text)
+        write(text)
     if json_file is not None:
         outputs.save(json_file, lambda path: path.write_text(text + "\n", encoding="utf-8"))
         say(f"Saved {json_file}")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from typing import TYPE_CHECKING, Any
 
-from fastadam.cli import probe, say
+from fastadam.cli import columns, counted, in_rows, probe, write
 
 if TYPE_CHECKING:
     import argparse
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["add_parser", "gather", "run"]
 
+# CPUs kept busy by others from which a machine counts as busy: a short look sees less than that
+# now and then on any machine.
+BUSY = 0.5
 # By these, libraries other than Numba count their threads; launchers set them to 1.
 NOT_NUMBA = "OMP_NUM_THREADS MKL_NUM_THREADS OPENBLAS_NUM_THREADS VECLIB_MAXIMUM_THREADS"
 BINDING = "OMP_PROC_BIND OMP_PLACES GOMP_CPU_AFFINITY KMP_AFFINITY"
@@ -60,16 +64,19 @@ def run(args: argparse.Namespace) -> int:
         0.
     """
     facts = gather()
-    text = json.dumps(facts, indent=1, allow_nan=False) if args.json else _render(facts)
-    say(text)
+    if args.json:
+        write(json.dumps(facts, indent=1, allow_nan=False))
+    else:
+        write(_render(facts, columns(sys.stdout)))
     return 0
 
 
 def gather() -> dict[str, Any]:
     """Find out what a step would use in this process.
 
-    Compiles two small functions and launches Numba's threads, about one
-    second in all; a child forked afterwards may have one thread only.
+    Compiles two small functions, launches Numba's threads, and looks for 0.3
+    seconds at what else runs: between one and two seconds in all. A child
+    forked afterwards may have one thread only.
 
     Returns
     -------
@@ -81,7 +88,8 @@ def gather() -> dict[str, Any]:
         ``machine``
             ``system``, ``cpu`` (str); ``cpus``, ``cpus_allowed`` (int: in the
             machine, by this process's affinity); ``cpu_quota`` (float or
-            None: CPUs' worth of time that the control group grants).
+            None: CPUs' worth of time that the control group grants);
+            ``busy_cpus`` (float or None: how many other processes keep busy).
         ``simd``
             ``summary`` (str); ``compiled_for`` (str or None: LLVM's name of
             the processor); ``instructions`` (str or None: the set it uses);
@@ -116,7 +124,8 @@ def gather() -> dict[str, Any]:
     """
     facts: dict[str, Any] = {
         "versions": probe.versions(),
-        "machine": probe.machine(),  # before the launch, which may narrow the affinity
+        # Before the launch, which may narrow the affinity, and leaves threads spinning.
+        "machine": {**probe.machine(), "busy_cpus": probe.busy_cpus()},
         "simd": probe.simd(),
         "threads": probe.threads(),
         "gpu": probe.gpu(),
@@ -155,6 +164,15 @@ def _warnings(facts: Mapping[str, Any], environ: Mapping[str, str]) -> list[str]
         found.append(
             f"the control group (a container's CPU limit) grants the time of {quota:g} CPUs to"
             f" {count} threads: set NUMBA_NUM_THREADS={max(1, int(quota))}"
+        )
+    busy = machine["busy_cpus"]
+    if busy is not None and count > 1 and busy >= BUSY and busy + count > cpus + BUSY:
+        free = max(1, min(count - 1, int(cpus - busy + BUSY)))
+        found.append(
+            f"the machine is busy: other processes keep about {busy:.1f} of {cpus} CPUs, and a"
+            f" step in {count} threads is held up where one of them must share its CPU. Steps time"
+            " themselves and take one thread where that is faster, so it costs little;"
+            f" NUMBA_NUM_THREADS={free} makes fewer threads the rule"
         )
     if threads["layer"] is not None and seen < count:
         why = f" (OMP_THREAD_LIMIT={limit})" if limit and threads["layer"] == "omp" else ""
@@ -198,7 +216,7 @@ def _settings(names: str, environ: Mapping[str, str], unless: str | None = None)
     return " ".join(f"{name}={value}" for name, value in values if value not in (None, unless))
 
 
-def _render(facts: Mapping[str, Any]) -> str:
+def _render(facts: Mapping[str, Any], columns: int | None) -> str:
     versions, machine, simd = facts["versions"], facts["machine"], facts["simd"]
     threads, cache, parallel_from = (
         facts["threads"],
@@ -206,7 +224,7 @@ def _render(facts: Mapping[str, Any]) -> str:
         facts["threads"]["parallel_from"],
     )
     optional = ", ".join(f"{name} {version}" for name, version in versions["optional"].items())
-    quota = machine["cpu_quota"]
+    quota, busy = machine["cpu_quota"], machine["busy_cpus"]
     forced = _settings("NUMBA_CPU_NAME NUMBA_CPU_FEATURES NUMBA_ENABLE_AVX", os.environ)
     rows = [
         ("fastadam", versions["fastadam"]),
@@ -220,6 +238,7 @@ def _render(facts: Mapping[str, Any]) -> str:
         ("", f"for {simd['compiled_for'] or 'no processor'}{f' ({forced})' if forced else ''}"),
         ("CPUs", f"{machine['cpus']}, {machine['cpus_allowed']} allowed"),
         ("", "" if quota is None else f"the time of {quota:g} granted"),
+        ("", "" if busy is None else f"about {busy:.1f} kept busy by other processes"),
         ("threads", f"{threads['count']} ({threads['seen']} took part in a launch)"),
         ("", f"from {parallel_from:,} elements on; smaller steps stay on one"),
     ]
@@ -237,7 +256,6 @@ def _render(facts: Mapping[str, Any]) -> str:
     if cache["folder"] is not None:
         writable = "writable" if cache["writable"] else "not writable"
         size = f"{cache['bytes'] / 2**20:.1f} MiB"
-        rows.append(("", f"{writable}; {cache['kernels']} kernels, {size}"))
+        rows.append(("", f"{writable}; {counted(cache['kernels'], 'kernel')}, {size}"))
     rows += [("warning", warning) for warning in facts["warnings"]]
-    width = max(len(key) for key, _ in rows)
-    return "\n".join(f"{key:<{width}}  {value}" for key, value in rows if value)
+    return "\n".join(in_rows([row for row in rows if row[1]], columns))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastadam.cli import CommandError, printable, require, say
+from fastadam.cli import CommandError, columns, in_rows, printable, require, write
 
 if TYPE_CHECKING:
     import argparse
@@ -73,7 +74,10 @@ def run(args: argparse.Namespace) -> int:
     with explained(args.file):
         size = args.file.stat().st_size
     facts = _facts(args.file, size, checkpoint, verified=args.verify)
-    say(json.dumps(facts, indent=1) if args.json else _render(facts))
+    if args.json:
+        write(json.dumps(facts, indent=1))
+    else:
+        write(_render(facts, columns(sys.stdout)))
     return 0
 
 
@@ -149,14 +153,26 @@ def _facts(path: Path, size: int, checkpoint: Checkpoint, *, verified: bool) -> 
                 "shape": list(shape),
                 "bytes": math.prod(shape) * dtype.itemsize,
             }
-            for name, (dtype, shape) in checkpoint.tensors.items()
+            for name, (dtype, shape) in _in_order(checkpoint)
         },
         "extra": checkpoint.extra,
         "verified": verified,
     }
 
 
-def _render(facts: Mapping[str, Any]) -> str:
+def _in_order(checkpoint: Checkpoint) -> list[tuple[str, Any]]:
+    """Return the tensors by parameter, as the optimizer was given them, each before its state."""
+    names = [str(name) for group in checkpoint.param_groups for name in group["params"]]
+    place = {name: number for number, name in enumerate(names)}
+
+    def key(tensor: tuple[str, Any]) -> tuple[int, bool, str]:
+        kind, _, name = tensor[0].partition("/")
+        return place.get(name, len(place)), kind != "param", kind
+
+    return sorted(checkpoint.tensors.items(), key=key)
+
+
+def _render(facts: Mapping[str, Any], columns: int | None) -> str:
     rows = [
         ("file", f"{printable(facts['file'])}, {facts['bytes']:,} bytes"),
         ("fastadam", _name(facts["version"])),
@@ -181,14 +197,13 @@ def _render(facts: Mapping[str, Any]) -> str:
         for key, value in facts["extra"].items()
     ]
     rows += _under("extra", extra or ["none"])
-    width = max(len(key) for key, _ in rows)
-    lines = [f"{key:<{width}}  {value}" for key, value in rows]
+    lines = in_rows(rows, columns)
     verdict = "all right" if facts["verified"] else "not verified"
-    return "\n".join([*lines, "", *_table(facts), "", f"checksums: {verdict}"])
+    return "\n".join([*lines, "", *_table(facts, columns), "", f"checksums: {verdict}"])
 
 
-def _table(facts: Mapping[str, Any]) -> list[str]:
-    """Return the lines of the table of tensors."""
+def _table(facts: Mapping[str, Any], columns: int | None) -> list[str]:
+    """Return the lines of the table of tensors; two for each where one would be too long."""
     tensors = facts["tensors"]
     cells = [("tensor", "dtype", "shape", "bytes")]
     cells += [
@@ -200,7 +215,12 @@ def _table(facts: Mapping[str, Any]) -> list[str]:
     name, dtype, shape, size = (
         min(WIDEST, max(map(len, column))) for column in zip(*cells, strict=True)
     )
-    return [f"{a:<{name}}  {b:<{dtype}}  {c:<{shape}}  {d:>{size}}" for a, b, c, d in cells]
+    if columns is None or name + dtype + shape + size + 6 <= columns:
+        return [f"{a:<{name}}  {b:<{dtype}}  {c:<{shape}}  {d:>{size}}" for a, b, c, d in cells]
+    lines = []
+    for a, b, c, d in cells:
+        lines += [a, f"    {b:<{dtype}}  {c:<{shape}}  {d:>{size}}"]
+    return lines
 
 
 def _under(key: str, values: Sequence[str]) -> list[tuple[str, str]]:

@@ -12,11 +12,12 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
-from fastadam.bench import driver
+from fastadam.bench import driver, load
 
 OPTIONAL = (
     "autograd matplotlib rich torch jax scipy mpi4py cupy-cuda12x cupy-cuda13x numba-cuda tbb"
@@ -58,6 +59,22 @@ def machine() -> dict[str, Any]:
         "cpus_allowed": len(_affinity() or range(cpus)),
         "cpu_quota": cpu_quota(),
     }
+
+
+def busy_cpus(seconds: float = 0.3) -> float | None:
+    """Return how many CPUs other processes keep busy, None where nothing tells.
+
+    Linux counts what its CPUs do, and this process sleeps for a moment; where
+    only the load of the last minute is known, it stands for that.
+    """
+    with load.Others() as others:
+        time.sleep(seconds)
+    if others.cpus is not None:
+        return others.cpus
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):  # Windows has none; others may not tell
+        return None
 
 
 def _cpu_name() -> str:

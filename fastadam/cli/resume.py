@@ -8,7 +8,7 @@ import math
 import os
 from typing import TYPE_CHECKING, Any
 
-from fastadam.cli import CommandError, inspect, output_path, printable
+from fastadam.cli import CommandError, counted, inspect, output_path, printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -114,11 +114,12 @@ def settings(
             raise CommandError(f"--{name} must be {chosen[name]}, as in {file}, got {value}")
     wanted = chosen["names"]
     if wanted["sha256"] != digest:
-        told = f"the {wanted['count']:,} names of {file} (SHA-256 {wanted['sha256']:.12})"
+        told = f"the {counted(wanted['count'], 'name')} of {file} (SHA-256 {wanted['sha256']:.12})"
         if args.names is None and not wanted["built_in"]:
             raise CommandError(f"--names must be given: {printable(told)}")
         raise CommandError(
-            f"--names must be {printable(told)}, got {len(names):,} names (SHA-256 {digest:.12})"
+            f"--names must be {printable(told)}, got {counted(len(names), 'name')}"
+            f" (SHA-256 {digest:.12})"
         )
     return chosen
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastadam.cli import (
     CommandError,
+    columns,
+    counted,
     inspect,
     output_path,
     outputs,
@@ -214,7 +216,8 @@ def _train(
     if first_step < num_steps:
         say(
             f"Training {sum(param.size for param in params.values()):,} parameters ({dtype}) "
-            f"on {len(names):,} names, one name per step; the very first run compiles the kernel."
+            f"on {counted(len(names), 'name')}, one name per step; the very first run compiles "
+            "the kernel."
         )
     long = sum(len(name) > CONTEXT for name in names)
     if long:
@@ -258,7 +261,8 @@ def _train(
     if args.plot is not None and records:
         from fastadam.demo.figures import save_plot
 
-        title = f"fastadam train: {len(names):,} names, lr {lr:g}, seed {settings['seed']}"
+        told = counted(len(names), "name")
+        title = f"fastadam train: {told}, lr {lr:g}, seed {settings['seed']}"
         _write(args.plot, lambda path: save_plot(records, path, title=title))
     elif args.plot is not None:
         say(f"No step to draw: {args.plot} is not written.")
@@ -307,13 +311,13 @@ def _progress(
 
     # On stderr, and only where someone looks: what goes to a file is the result alone.
     console = Console(stderr=True)
-    columns = (
-        progress.BarColumn(),
+    parts = (
+        progress.BarColumn(bar_width=10),
         progress.MofNCompleteColumn(),
         progress.TextColumn("{task.fields[status]}"),
         progress.TimeRemainingColumn(),
     )
-    with progress.Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with progress.Progress(*parts, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(
             "train", total=num_steps, completed=first_step, status="preparing the kernel"
         )
@@ -328,7 +332,13 @@ def _show_losses(records: Sequence[StepRecord], seconds: float) -> None:
     from fastadam.demo.figures import text_curve
 
     first, last = records[0].step + 1, records[-1].step + 1
-    which = "the steps" if first == 1 else f"steps {first:,} to {last:,}"
+    which = (
+        "the step"
+        if first == last == 1
+        else "the steps"
+        if first == 1
+        else f"steps {first:,} to {last:,}"
+    )
     say(f"\nLoss, smoothed, over {which}:")
     smoothed = [record.smoothed_loss for record in records]
     width = max(10, min(64, shutil.get_terminal_size().columns - 8))
@@ -342,6 +352,7 @@ def _show_losses(records: Sequence[StepRecord], seconds: float) -> None:
     losses = [record.loss for record in records]
     few = min(50, len(losses))
     these = "steps" if first == 1 else "of these"
+    these = "step" if these == "steps" and few == 1 else these
     say(
         f"\nMean loss: {fmean(losses[:few]):.3f} over the first {few} {these}, "
         f"{fmean(losses[-few:]):.3f} over the last {few} "
@@ -357,9 +368,10 @@ def _show_losses(records: Sequence[StepRecord], seconds: float) -> None:
 def _show_samples(samples: Sequence[str], names: Sequence[str]) -> None:
     if samples:
         new = len(set(samples) - set(names))
-        say(f"\n{len(samples)} names it made up, {new} of them not in the list:")
-    for start in range(0, len(samples), 5):
-        row = (name or "(empty)" for name in samples[start : start + 5])
+        say(f"\n{counted(len(samples), 'name')} it made up, {new} of them not in the list:")
+    each = min(5, max(1, ((columns(sys.stdout) or 87) - 2) // 17))
+    for start in range(0, len(samples), each):
+        row = (name or "(empty)" for name in samples[start : start + each])
         say(("  " + " ".join(f"{name:<16}" for name in row)).rstrip())
 
 
