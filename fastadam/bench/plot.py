@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from fastadam.bench import peers
@@ -160,14 +161,16 @@ def _lines(axes: Any, session: Session, sizes: Sequence[int], times: Mapping[str
         label = peers.by_name(contender).title
         if quiet:
             axes.plot(
-                list(quiet), [seconds / size * 1e9 for size, seconds in quiet.items()],
+                # No line over a noisy point: NaN leaves a gap.
+                sizes, [quiet.get(size, math.nan) / size * 1e9 for size in sizes],
                 marker="o", ms=4, color=color, lw=2.5 if own else 1.3,
                 ls="--" if contender in peers.ROOFLINES else "-", zorder=3 if own else 2,
                 label=label,
             )  # fmt: skip
         for size, ends in noisy.items():
             heights = [seconds / size * 1e9 for seconds in ends]
-            axes.plot([size, size], heights, marker="_", color=color, label=label, zorder=1)
+            once = None if quiet or size != min(noisy) else label
+            axes.plot([size, size], heights, marker="_", color=color, label=once, zorder=1)
             place = (size, heights[-1])
             axes.annotate("noisy", place, (3, 2), textcoords="offset points", fontsize=6)
     axes.set_xscale("log")
