@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._compile import compile  # noqa: A004
 from ._result import StepResult
+from ._threads import alone
 from .adam import Adam, AdamW
 from .interop.objects import from_objects
 
@@ -38,8 +39,9 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> Any:
     """Import modules when they are first asked for: most of an import's time."""
-    if name in ("checkpoint", "schedules"):
-        return import_module(f".{name}", __name__)
-    if name in ("CheckpointError", "load", "save"):
-        return getattr(import_module(".checkpoint", __name__), name)
+    if name == "schedules" or name in ("checkpoint", "CheckpointError", "load", "save"):
+        module = "schedules" if name == "schedules" else "checkpoint"
+        with alone:  # a fork waits for it: a child cannot end what another thread has begun
+            found = import_module(f".{module}", __name__)
+        return found if name == module else getattr(found, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

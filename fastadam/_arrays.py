@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numpy.ma import MaskedArray  # of NumPy itself imported when it is asked for
 
 # What to do with another library's array.
 _HINTS = {
@@ -104,7 +105,7 @@ def check_alike(grad: Any, param: Any, label: str) -> None:
 
 
 def _check_kind(array: Any, label: str) -> None:
-    if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
+    if not isinstance(array, np.ndarray) or isinstance(array, MaskedArray):
         kind = f"{type(array).__module__}.{type(array).__qualname__}"
         hint = _HINTS.get(kind.partition(".")[0], "")
         raise TypeError(f"{label} must be a numpy.ndarray, got {kind}{hint}")

@@ -1,7 +1,6 @@
 """Where parameters may live, and what each such place must offer."""
 
-import importlib
-import sys
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -9,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._result import StepResult
+from ._threads import alone, undisturbed
 
 
 class Plan(Protocol):
@@ -112,9 +112,22 @@ def of(array: Any) -> Backend:
     ImportError
         If it is a CUDA device, and what that needs is not installed.
     """
-    name = "_cuda_host" if on_device(array) else "_host"
-    module = sys.modules.get(f"{__package__}.{name}")
-    backend: Any = module or importlib.import_module(f".{name}", __package__)
+    return _imported(on_device(array))
+
+
+@functools.cache
+def _imported(device: bool) -> Backend:
+    """Import a backend, and Numba with it, when it is first needed: that takes a while.
+
+    A fork waits for it, since a child could never end what a thread of its parent
+    has begun to import; and Ctrl-C, since Numba cannot be imported a second time.
+    """
+    backend: Any
+    with alone, undisturbed():
+        if device:
+            from . import _cuda_host as backend
+        else:
+            from . import _host as backend
     return backend  # type: ignore[no-any-return]
 
 

@@ -20,9 +20,29 @@ if config.CACHE_DIR:  # relative to where the process is now, whatever chdir com
     config.CACHE_DIR = str(Path(config.CACHE_DIR).absolute())
 
 
+# Folders of the package from which no kernel is made.
+_WITHOUT_KERNELS = {"bench", "cli", "demo"}
+# Parts of the names of those of Numba's settings that are no part of the key: they change no
+# machine code, and differ between processes of one machine. All others are, though many of them
+# change none: so what a later Numba brings is not forgotten.
+_NOT_IN_KEY = ("CACHE", "CUDA", "THREAD", "GDB_BINARY")
+
+
+def sources() -> list[tuple[str, Path]]:
+    """Return every source that the kernels may be made of: its place in the package, its path."""
+    package = sys.modules[__name__.partition(".")[0]]
+    root = Path(str(package.__file__)).parent
+    paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
+    return sorted(
+        (place, path)
+        for place, path in paths.items()
+        if place.partition("/")[0] not in _WITHOUT_KERNELS
+    )
+
+
 @functools.cache
 def source_digest() -> str:
-    """Return a digest of every source that the kernels may be made of.
+    """Return a digest of all these sources.
 
     Raises
     ------
@@ -30,13 +50,22 @@ def source_digest() -> str:
         If the sources are not there to read, as in a zip file.
     """
     digest = hashlib.sha256()
-    paths = sorted(Path(__file__).parent.glob("_*.py"))
-    if not paths:
+    found = sources()
+    if not found:
         raise FileNotFoundError("no sources")
-    for path in paths:
+    for place, path in found:
         source = path.read_bytes()
-        digest.update(f"{path.name} {len(source)} ".encode() + source)
+        digest.update(f"{place} {len(source)} ".encode() + source)
     return digest.hexdigest()
+
+
+def settings() -> list[tuple[str, str]]:
+    """Return Numba's settings, as they are now, that are part of the key."""
+    return [
+        (name, repr(value))
+        for name, value in sorted(vars(config).items())
+        if name.isupper() and not any(part in name for part in _NOT_IN_KEY)
+    ]
 
 
 class KernelCache(FunctionCache):  # type: ignore[misc]
@@ -57,7 +86,7 @@ class KernelCache(FunctionCache):  # type: ignore[misc]
         self._what = (*what, numba.__version__, llvmlite.__version__, sys.version)
 
     def _path(self, signature: Any, codegen: Any) -> Path:
-        key = repr((self._what, str(signature), codegen.magic_tuple()))
+        key = repr((self._what, str(signature), codegen.magic_tuple(), settings()))
         name = f"{self._py_func.__name__}-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
         return self._folder / f"fastadam.{name}.nbc"
 

@@ -13,7 +13,7 @@ from ._groups import Groups, describe
 from ._names import check_attribute, check_keywords
 from ._result import StepResult
 from ._state import LoadedState, export_state, import_state
-from ._threads import each_alone, in_one_go, register
+from ._threads import Unchanged, each_alone, in_one_go, register
 
 _new = tuple.__new__
 
@@ -118,6 +118,7 @@ class Adam:
     # The gradients of our own, made when first asked for: as the user has them, and in a row.
     _grads: Any
     _own_grads: tuple[Any, ...]
+    _loads = 0  # how often a state was taken over
 
     if not TYPE_CHECKING:  # mypy would take it that every name can be set
 
@@ -497,14 +498,17 @@ class Adam:
         array([0.1, 0.1])
         """
         with take_turn(self._lock):
-            groups = self._groups
-            return export_state(
-                groups.states,
-                self._plan.steps,
-                groups.options,
-                self.step_count,
-                groups.backend.to_host,
-            )
+            return self._export_state()
+
+    def _export_state(self) -> dict[str, Any]:
+        groups = self._groups
+        return export_state(
+            groups.states,
+            self._plan.steps,
+            groups.options,
+            self.step_count,
+            groups.backend.to_host,
+        )
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over the state that `state_dict` returned, by name where there are names.
@@ -552,6 +556,7 @@ class Adam:
                 loaded.calls(),
             )
 
+        self._loads += 1
         for options in groups.options:
             options.touched = True
         try:
@@ -560,17 +565,29 @@ class Adam:
             each_alone(writes())
             raise
 
+    def _version(self) -> tuple[Any, ...]:
+        """Return what is another one after each step and load; raise in the middle of one."""
+        take_turn(self._lock)
+        return self._plan, self.step_count, self._loads
+
+    def _copies(self, memo: Mapping[int, Any]) -> Iterable[tuple[Any, Any]]:
+        """Return the parameters that `copy.deepcopy` has copied, and their copies."""
+        params = [state.param for state in self._groups.states]
+        return [(param, memo[id(param)]) for param in params if id(param) in memo]
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what holds addresses: a copy must not write to the original's arrays."""
         self._groups.backend.check_copyable()
+        unchanged = Unchanged(self)
         left_out = ("_lock", "_plan", "_scalars", "_flatten", "_grads", "_own_grads")
-        with take_turn(self._lock):
-            kept = {name: value for name, value in vars(self).items() if name not in left_out}
-            return {**kept, "steps": self._plan.steps, "step_count": self.step_count}
+        kept = {name: value for name, value in vars(self).items() if name not in left_out}
+        counts = {"steps": self._plan.steps, "step_count": self.step_count}
+        return {**kept, **counts, "unchanged": unchanged}  # to be copied last
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
         """Find the arrays of the copy where they lie now."""
         steps, step_count = kept.pop("steps"), kept.pop("step_count")
+        kept.pop("unchanged", None)
         vars(self).update(kept)
         self._groups.rehouse()
         self._install(self._groups, steps, step_count)

@@ -1,16 +1,18 @@
-"""One cell of layers x uses: threads, forks, signals. Run as ``layer_run.py CELL``, see CELLS.
+"""One cell of layers x uses: threads, forks, signals, torch. Run as ``layer_run.py CELL``.
 
 Under NUMBA_THREADING_LAYER, each time in a process of its own: what fails here may kill the
 process, or never end. A time limit is set from outside, whose SIGABRT shows where all threads are.
 """
 
 import contextlib
+import copy
 import faulthandler
 import functools
 import hashlib
 import inspect
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -276,6 +278,39 @@ def check_equal(found, wanted, what):
         assert found == wanted, f"{what}: {found!r} is not {wanted!r}"
 
 
+def copies():
+    """Copies made beside a thread that steps: whole ones, or refused; the steps never are."""
+    check_layer()
+    ways = (
+        lambda pair: copy.deepcopy(pair),
+        lambda pair: copy.deepcopy(pair[::-1])[::-1],
+        lambda pair: pickle.loads(pickle.dumps(pair[::-1]))[::-1],
+    )
+    for kind in ("large", "tail", "small"):
+        task, twin, made = Task(kind), Task(kind), []
+
+        def step(task=task):
+            task.step()
+            time.sleep(1e-3)
+
+        with meanwhile(step):
+            for way in ways:
+                whole = 0
+                for _ in range(2_000):
+                    try:
+                        made.append(way((task.params, task.opt)))
+                        whole += 1
+                    except RuntimeError as error:
+                        assert "own step" in str(error) or "between two steps" in str(error), error  # noqa: PT017
+                    if whole == 5:
+                        break
+        assert made, "no copy at all"
+        for params, opt in sorted(made, key=lambda pair: pair[1].step_count):
+            twin.step(opt.step_count - twin.opt.step_count)
+            check_equal(opt.state_dict(), twin.opt.state_dict(), f"{kind}: a copy")
+            check_equal(dict(enumerate(params)), dict(enumerate(twin.params)), f"{kind}: copied")
+
+
 # -------------------------------------------------------------------------- forks
 
 
@@ -337,6 +372,36 @@ def learn_from_a_child(count=12):
     )
     for kind, digests in receiver.recv().items():
         _expected[kind, 0] = None, digests
+
+
+def with_torch():
+    """Children of a process that uses torch on the CPU too: all of it works in them."""
+    import torch
+
+    torch.set_num_threads(2)  # of the GNU OpenMP that Numba's omp uses as well
+
+    def use_torch():
+        assert torch.ones(2_000_000).mul_(2).sum() == 4e6
+
+    def in_the_child():
+        use_torch()
+        use(tasks)
+        in_child(lambda: (use(tasks), use_torch()))
+        use_torch()
+
+    use_torch()
+    learn_from_a_child()
+    tasks = [Task(kind) for kind in KINDS]
+    in_child(in_the_child)  # nothing has been launched yet
+    check_layer()
+    for task in tasks:
+        task.step(2)
+    in_child(in_the_child)
+    use_torch()
+    all_at_once(lambda: in_child(in_the_child))  # from a thread that has used neither
+    by_multiprocessing("fork")
+    for task in tasks:
+        task.step(2).check("after forks")
 
 
 def fork_busy():
@@ -680,7 +745,9 @@ CELLS = {
     "warm": warm,
     "threads": threads,
     "shared": shared,
+    "copies": copies,
     "fork": fork,
+    "torch": with_torch,
     "fork-busy": fork_busy,
     "mp-fork": functools.partial(by_multiprocessing, "fork"),
     "mp-forkserver": functools.partial(by_multiprocessing, "forkserver"),

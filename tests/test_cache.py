@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numba import types
+from numba import config, types
 
 import fastadam
-from fastadam import _cpu
+from fastadam import _cache, _cpu
 
 PLAIN = {"parallel": False, "amsgrad": False, "average": False, "zero_grad": False}
 STEP = f"""
@@ -118,6 +118,118 @@ def test_an_edit_is_never_served_stale(tmp_path, source, old, new, value):
     assert found != 0.5
     if value is not None:
         assert found == value
+
+
+def test_sources_of_any_name_in_any_folder(tmp_path):
+    """But for the folders from which no kernel is made."""
+    package = tmp_path / "fastadam"
+    shutil.copytree(
+        Path(fastadam.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__")
+    )
+    source = package / "cpu.py"
+    (package / "_cpu.py").rename(source)
+    (package / "_cpu.py").write_text("import sys; from . import cpu; sys.modules[__name__] = cpu")
+    env = {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    assert run(tmp_path, **env) == (0, 1, 0.5)
+    (package / "cli" / "added.py").touch()
+    assert run(tmp_path, **env) == (1, 0, 0.5)
+    text = source.read_text(encoding="utf-8")
+    assert text.count("store(param, i, p, PARAM)") == 1
+    source.write_text(text.replace("store(param, i, p, PARAM)", "store(param, i, p + p, PARAM)"))
+    assert run(tmp_path, **env) == (0, 1, 1.0)
+
+
+def test_every_source_that_a_step_imports_is_in_the_key(tmp_path):
+    code = """
+import json, sys
+import numpy as np, fastadam
+param = np.ones(70_000)
+fastadam.Adam(param, max_grad_norm=1.0).step(np.ones_like(param))
+names = [name for name in sys.modules if name.partition(".")[0] == "fastadam"]
+print(json.dumps([sys.modules[name].__file__ for name in names]))
+"""
+    process = start(tmp_path, code)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    imported = {Path(path).resolve() for path in json.loads(out)}
+    assert len(imported) > 10
+    assert imported <= {path.resolve() for _, path in _cache.sources()}
+
+
+# Numba's settings that change the machine code, or might, each with a value it may have.
+CODE = {
+    "BOUNDSCHECK": 1,
+    "CPU_FEATURES": "+avx",
+    "CPU_NAME": "generic",
+    "DEBUGINFO_DEFAULT": 1,
+    "DEBUG_ARRAY_OPT_RUNTIME": 1,
+    "DEBUG_NRT": 1,
+    "DEBUG_NRT_STACK_LIMIT": 9,
+    "DIFF_IR": 1,
+    "DISABLE_INTEL_SVML": 1,
+    "ENABLE_AVX": 0,
+    "ENABLE_PROFILING": 1,
+    "EXTEND_VARIABLE_LIFETIMES": 1,
+    "JIT_COVERAGE": 1,
+    "LLVM_PASS_TIMINGS": 1,
+    "LLVM_REFPRUNE_FLAGS": "",
+    "LLVM_REFPRUNE_PASS": 0,
+    "LOOP_VECTORIZE": 0,
+    "NRT_STATS": 1,
+    "OPT": 0,
+    "PARFOR_MAX_TUPLE_SIZE": 9,
+    "SLP_VECTORIZE": 1,
+    "USE_LEGACY_TYPE_SYSTEM": 9,
+    "USE_LLVMLITE_MEMORY_MANAGER": 1,
+    "USING_SVML": 9,
+}
+# Those that change what is printed, kept or asked, or say what the machine is, or are CUDA's.
+NO_CODE = """
+    ALWAYS_WARN_UNINIT_VAR ANNOTATE CACHE_DIR CACHE_LOCATOR_CLASSES CHROME_TRACE COLOR_SCHEME
+    CUDA_ARRAY_INTERFACE_SYNC CUDA_DEALLOCS_COUNT CUDA_DEALLOCS_RATIO CUDA_DEBUGINFO_DEFAULT
+    CUDA_DEFAULT_PTX_CC CUDA_DRIVER CUDA_ENABLE_MINOR_VERSION_COMPATIBILITY CUDA_INCLUDE_PATH
+    CUDA_LOG_API_ARGS CUDA_LOG_LEVEL CUDA_LOG_SIZE CUDA_LOW_OCCUPANCY_WARNINGS
+    CUDA_MEMORY_MANAGER CUDA_PER_THREAD_DEFAULT_STREAM CUDA_USE_NVIDIA_BINDING
+    CUDA_VERBOSE_JIT_LOG CUDA_WARN_ON_IMPLICIT_COPY DEBUG DEBUG_ARRAY_OPT DEBUG_ARRAY_OPT_STATS
+    DEBUG_CACHE DEBUG_FRONTEND DEBUG_INLINE_CLOSURE DEBUG_JIT DEBUG_PRINT_AFTER
+    DEBUG_PRINT_BEFORE DEBUG_PRINT_WRAP DEBUG_TYPEINFER DEVELOPER_MODE DISABLE_CUDA DISABLE_JIT
+    DISABLE_PERFORMANCE_WARNINGS DISABLE_TYPEINFER_FAIL_CACHE DUMP_ASSEMBLY DUMP_BYTECODE
+    DUMP_CFG DUMP_FUNC_OPT DUMP_IR DUMP_LLVM DUMP_OPTIMIZED DUMP_SSA ENABLE_CUDASIM
+    ENABLE_SYS_MONITORING FORCE_CUDA_CC FULL_TRACEBACKS FUNCTION_CACHE_SIZE GDB_BINARY
+    HIGHLIGHT_DUMPS HTML IS_32BITS IS_OSX IS_WIN32 MACHINE_BITS NUMBA_DEFAULT_NUM_THREADS
+    NUMBA_NUM_THREADS PARALLEL_DIAGNOSTICS PYVERSION RUNNING_UNDER_PROFILER SHOW_HELP
+    THREADING_LAYER THREADING_LAYER_PRIORITY TRACE _HAVE_YAML
+"""
+
+
+def path_now():
+    kernel = _cpu.look_kernel
+    return kernel._cache._path((types.int64, types.int64), kernel.targetctx.codegen())
+
+
+def test_every_setting_of_numba_is_known():
+    """A new one must be looked at: does it change the machine code, and is it in the key?"""
+    assert not CODE.keys() & set(NO_CODE.split())
+    assert {name for name in vars(config) if name.isupper()} <= {*CODE, *NO_CODE.split()}
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_a_setting_that_changes_the_code_changes_the_key(name, monkeypatch):
+    before = path_now()
+    monkeypatch.setattr(config, name, CODE[name], raising=False)
+    assert path_now() != before
+
+
+@pytest.mark.parametrize("name", ["NUMBA_NUM_THREADS", "THREADING_LAYER", "CACHE_DIR"])
+def test_processes_that_differ_in_threads_share_the_cache(name, monkeypatch):
+    before = path_now()
+    monkeypatch.setattr(config, name, "other")
+    assert path_now() == before
+
+
+def test_slow_code_for_debugging_is_served_to_no_other_process(tmp_path):
+    assert run(tmp_path, NUMBA_DEBUGINFO="1") == (0, 1, 0.5)
+    assert run(tmp_path) == (0, 1, 0.5)
 
 
 def test_processes_that_start_at_once(tmp_path):

@@ -14,9 +14,13 @@ import pytest
 # Seconds: of a cell, and of compiling what all of them need.
 LIMIT, COMPILE_LIMIT = 60, 400
 LAYERS = {"omp": "omppool", "workqueue": "workqueue", "tbb": "tbbpool"}
-SAMPLE = {"omp": ("fork", "signal"), "workqueue": ("threads", "mp-fork"), "tbb": ("fork-busy",)}
+SAMPLE = {
+    "omp": ("fork", "signal", "torch"),
+    "workqueue": ("threads", "mp-fork", "copies"),
+    "tbb": ("fork-busy",),
+}
 NEEDS = {"fork": "fork", "fork-busy": "fork", "mp-fork": "fork", "mp-forkserver": "fork"}
-NEEDS["signal"] = "setitimer"
+NEEDS |= {"signal": "setitimer", "torch": "fork"}
 
 
 def environment(layer):
@@ -98,7 +102,9 @@ def cells():
 
 @pytest.mark.usefixtures("warm")
 @pytest.mark.parametrize(("layer", "cell"), list(cells()))
-def test_cell(layer, cell, tmp_path):
+def test_cell(layer, cell, tmp_path, optional):
+    if cell == "torch":
+        optional("torch")
     if cell in NEEDS and not hasattr({"setitimer": signal}.get(NEEDS[cell], os), NEEDS[cell]):
         pytest.skip(f"no {NEEDS[cell]} on this system")
     if why_missing(layer):

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from .._names import check_attribute, check_keywords
 from .._options import as_float, is_real
 from .._result import StepResult
-from .._threads import each_alone, register
+from .._threads import Unchanged, each_alone, register
 from ..adam import Adam, take_turn
 
 __all__ = ["ObjectAdam", "from_objects"]
@@ -285,15 +285,31 @@ class ObjectAdam:
         """Take over such a state, as `Adam.load_state_dict`."""
         self.optimizer.load_state_dict(state_dict)
 
+    def _version(self) -> tuple[Any, ...]:
+        """Return what is another one after each step and load; raise in the middle of one."""
+        take_turn(self._lock)
+        return self.optimizer._version()
+
+    def _copies(self, memo: Mapping[int, Any]) -> Iterable[tuple[Any, Any]]:
+        """Return the objects' values, and what `copy.deepcopy` has made of them."""
+        copied = [k for k, thing in enumerate(self._objects) if id(thing) in memo]
+        kind = [float if k in self._views else np.asarray for k in copied]
+        pairs = [(self._objects[k], memo[id(self._objects[k])]) for k in copied]
+        return [
+            (make(thing.data), make(twin.data))
+            for make, (thing, twin) in zip(kind, pairs, strict=True)
+        ]
+
     def __getstate__(self) -> dict[str, Any]:
         """Keep the objects and the state; the arrays are made anew, as views of their own."""
+        unchanged = Unchanged(self)
         optimizer = self.optimizer
-        with take_turn(self._lock):
-            return {
-                "objects": self._objects,
-                "options": {name: getattr(optimizer, name) for name in _KEPT},
-                "state": optimizer.state_dict(),
-            }
+        return {
+            "objects": self._objects,
+            "options": {name: getattr(optimizer, name) for name in _KEPT},
+            "state": optimizer._export_state(),
+            "unchanged": unchanged,  # to be copied last
+        }
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
         """Bind the copied objects."""
