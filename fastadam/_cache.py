@@ -30,8 +30,7 @@ _NOT_IN_KEY = ("CACHE", "CUDA", "THREAD", "GDB_BINARY")
 
 def sources() -> list[tuple[str, Path]]:
     """Return every source that the kernels may be made of: its place in the package, its path."""
-    package = sys.modules[__name__.partition(".")[0]]
-    root = Path(str(package.__file__)).parent
+    root = Path(sys.modules[__name__.partition(".")[0]].__path__[0])
     paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
     return sorted(
         (place, path)
