@@ -75,23 +75,23 @@ def take_grad(
 
 def _as_array(grad: Any, label: str) -> npt.NDArray[Any]:
     """Return a gradient's memory as a plain array, without a copy."""
-    if isinstance(grad, np.ndarray) and not isinstance(grad, np.ma.MaskedArray):
-        return grad.view(np.ndarray)  # whatever a subclass says of itself
     if isinstance(grad, np.generic):
         return np.asarray(grad)
     kind = type(grad)
     try:
-        if hasattr(kind, "__array_interface__"):
-            return np.asarray(grad)
-        if hasattr(kind, "__dlpack__") and grad.__dlpack_device__()[0] == _HOST:
-            return np.from_dlpack(grad)
+        if not isinstance(grad, np.ndarray):
+            if hasattr(kind, "__array_interface__"):
+                return np.asarray(grad)
+            if hasattr(kind, "__dlpack__") and grad.__dlpack_device__()[0] == _HOST:
+                return np.from_dlpack(grad)
     except Exception as error:  # whatever another library raises
         name = f"{kind.__module__}.{kind.__qualname__}"
         raise TypeError(
             f"{label} must be readable as a NumPy array without a copy, got {name}: {error}"
         ) from error
     _check_kind(grad, label)
-    raise AssertionError("a masked array is refused")
+    plain: npt.NDArray[Any] = grad.view(np.ndarray)  # whatever a subclass says of itself
+    return plain
 
 
 def check_alike(grad: Any, param: Any, label: str) -> None:

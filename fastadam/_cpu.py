@@ -65,7 +65,7 @@ SERIAL_BELOW = 65_536
 # What a kernel returns that has done nothing, since the gradients need a closer look.
 REFUSED = -1
 
-look, accept = _reader.look, _reader.accept
+look = _reader.look
 one_minus_power = _jit.inline(_formula.bind(_formula.one_minus_power, fma=_jit.fma, mul=_jit.mul))
 step_scalars = _jit.inline(
     _formula.bind(_formula.step_scalars, fma=_jit.fma, one_minus_power=one_minus_power)
@@ -326,13 +326,7 @@ def look_at(context: Any, grads: Any, writable: Any) -> Any:
     return look(context, grads, writable)
 
 
-def accept_all(context: Any) -> Any:
-    """Take the gradients that have been looked at, here or in Python."""
-    return accept(context)
-
-
 look_kernel = _jit.kernel(look_at)
-accept_kernel = _jit.kernel(accept_all)
 
 
 @functools.cache

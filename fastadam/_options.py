@@ -100,7 +100,8 @@ def check_fits(options: Mapping[str, Any], dtype: np.dtype[Any], label: str = ""
                 f"{label}{name} must not exceed {largest:.4g}, the largest {dtype.name}, got"
                 f" {options[name]!r}"
             )
-    if options["eps"] > 0.0 and dtype.type(options["eps"]) == 0.0:
+    smallest = float(np.finfo(dtype).tiny) * float(np.finfo(dtype).eps)
+    if 0.0 < options["eps"] <= smallest / 2:
         raise ValueError(f"{label}eps must not round to 0 in {dtype.name}, got {options['eps']!r}")
 
 

@@ -218,7 +218,7 @@ class Plan:
             if grads[k] is not None:
                 taken[k] = take_grad(grads[k], state.param, self._labels[k], writable)
             row[FOUND] = address(taken[k])
-        if not (self._reads and _cpu.accept_kernel(self._context)):
+        if not (self._reads and _cpu.look_kernel(self._context, 0, writable)):
             found = self._tensors[:, FOUND]
             sizes = np.where(found == 0, 0, self._tensors[:, BYTES])
             self._memory.check_apart(self._labels, found, sizes)
@@ -236,7 +236,7 @@ class Plan:
             else:
                 # What can fail, compiling and starting threads, must do so before the first write.
                 if zero_grad not in self._tried:
-                    for kernel, arguments in self._rehearsals(zero_grad, norm=False):
+                    for kernel, arguments in self._rehearsals(zero_grad, None):
                         kernel(*arguments)
                     self._tried.add(zero_grad)
                 # Two dtypes are all there are. A signal is acted on after a call returns,
@@ -258,14 +258,20 @@ class Plan:
 
         ``nonfinite`` is None where no norm is asked for.
         """
-        norm = nonfinite is not None
-        return self._rehearsals(False, norm=norm) + self._rehearsals(True, norm=False)
+        return self._rehearsals(False, nonfinite) + self._rehearsals(True, None)
 
-    def _rehearsals(self, zero_grad: bool, *, norm: bool) -> list[tuple[Any, tuple[Any, ...]]]:
+    def _rehearsals(
+        self, zero_grad: bool, nonfinite: str | None
+    ) -> list[tuple[Any, tuple[Any, ...]]]:
         calls: list[tuple[Any, tuple[Any, ...]]] = []
+        norm = nonfinite is not None
+        # What norm calls for, and whether a step is skipped.
+        measured = [False, True] if self._doubles or nonfinite in ("skip", "raise") else [False]
         for context, kernel in zip(self.contexts, self.kernels(zero_grad), strict=True):
-            if norm:
-                sum_kernel = _cpu.sum_kernel(context.dtype, parallel=context.parallel)
+            for largest in measured if norm else []:
+                sum_kernel = _cpu.sum_kernel(
+                    context.dtype, parallel=context.parallel, largest=largest
+                )
                 calls.append((sum_kernel, (context.nothing, 1.0)))
             calls.append((kernel, (context.nothing, 0)))
         if self._reads and not zero_grad and (norm or not self._in_one_call):

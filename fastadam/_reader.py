@@ -122,7 +122,7 @@ def look(context: Any, grads: Any, writable: Any) -> Any:
         Address of a `Context`.
     grads : int
         ``id()`` of a tuple with an array or None for every parameter, which
-        the caller keeps alive.
+        the caller keeps alive; 0 if FOUND says where they lie.
     writable : bool
         Whether the gradients must be writable.
 
@@ -139,7 +139,7 @@ def look(context: Any, grads: Any, writable: Any) -> Any:
     tensors = table(fields[TENSORS], fields[TENSOR_COUNT], TENSOR_COLUMNS, _INT64)
     odd = table(fields[ODD], 1, tensors.shape[0], _INT64)[0]
     count = 0
-    for t in range(tensors.shape[0]):
+    for t in range(tensors.shape[0] if grads != 0 else 0):
         row = tensors[t]
         param, grad = row[OBJECT], peek(grads + _ITEMS + 8 * t, _INT64)
         usual = peek(param + _DATA, _INT64) == row[PARAM] and fits(param, row, True)
@@ -152,14 +152,12 @@ def look(context: Any, grads: Any, writable: Any) -> Any:
             odd[count] = t
             count += 1
     fields[ODD_COUNT] = count
-    return count == 0 and accept(context)
+    return count == 0 and accept(fields, tensors)
 
 
 @_jit.inline
-def accept(context: Any) -> Any:
+def accept(fields: Any, tensors: Any) -> Any:
     """Take the addresses in the column FOUND for those of the gradients, if none overlap."""
-    fields = table(context, 1, CONTEXT_SIZE, _INT64)[0]
-    tensors = table(fields[TENSORS], fields[TENSOR_COUNT], TENSOR_COLUMNS, _INT64)
     changed = False
     for t in range(tensors.shape[0]):
         if tensors[t, GRAD] != tensors[t, FOUND]:

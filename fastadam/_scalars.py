@@ -99,8 +99,10 @@ class Scalars:
 
     def clip(self, coefficient: float) -> None:
         """Multiply the gradients of this step by a number more."""
-        self._made_for = None
-        self.rows[:, GRAD_FACTOR] *= coefficient
+        if coefficient != 1.0:
+            self._made_for = None
+            # In Python's arithmetic, of which `np.errstate` knows nothing.
+            self.rows[:, GRAD_FACTOR] = [sign * self.inverse * coefficient for sign in self._signs]
 
     def _read(self, k: int, options: ParamGroup) -> None:
         missing = [name for name in _options.NAMES if name not in options]

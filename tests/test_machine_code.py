@@ -44,9 +44,9 @@ def update_assembly(dtype, on=(), parallel=False):
     return assembly(function, parallel, FLOAT=dtype, **constants)
 
 
-def sum_assembly(dtype, parallel=False):
-    function = _cpu.sum_parallel if parallel else _cpu.sum_serial
-    return assembly(function, parallel, FLOAT=dtype)
+def measure_assembly(dtype, parallel=False, largest=None):
+    function = _cpu.measure_parallel if parallel else _cpu.measure_serial
+    return assembly(function, parallel, FLOAT=dtype, LARGEST=largest)
 
 
 def count(pattern, text):
@@ -76,7 +76,8 @@ def test_loops_are_vectorised(dtype, kind, on, parallel):
     for operation in ("sqrt", "div"):
         packed = count(f"{operation}p{kind}", text)
         assert packed >= 2, f"{operation} is not packed"
-        prologue = 1 if operation == "sqrt" else 2
+        # In `step_scalars`, and in `_thread_choice.note`.
+        prologue = 2 if operation == "sqrt" else 5 + parallel
         scalar = count(f"{operation}s{kind}", text) - (prologue if kind == "d" else 0)
         assert scalar <= packed, f"{scalar} scalar against {packed} packed {operation}"
     assert not re.search(r"\bv?gather|\bv?scatter", text)
@@ -112,7 +113,7 @@ def test_each_array_is_read_and_written_once(on, reads, writes):
 @EITHER
 def test_sum_is_vectorised(dtype, kind, parallel):
     """Packed float64, in at least four chains: none waits for the one before it."""
-    text = sum_assembly(dtype, parallel)
+    text = measure_assembly(dtype, parallel)
     blocks = re.split(r"^\.?L\w+:", text, flags=re.MULTILINE)
     loop = max(blocks, key=lambda block: count(r"fmadd\d+pd", block))
     fused = re.findall(r"fmadd\d+pd.*%([xyz]mm\d+)$", loop, re.MULTILINE)
@@ -120,6 +121,20 @@ def test_sum_is_vectorised(dtype, kind, parallel):
     assert count(r"fmadd\d+sd", text) <= len(fused) // 4  # what is left over
     assert count("cvtps2pd", loop) == (len(fused) if kind == "s" else 0)
     assert not re.search(r"\bv?gather|\bcall", loop)
+
+
+@pytest.mark.parametrize("parallel", [False, True], ids=["serial", "parallel"])
+@EITHER
+def test_largest_is_vectorised(dtype, kind, parallel):
+    """Packed magnitudes and maxima of integers: no comparison of floats, none by one."""
+    text = measure_assembly(dtype, parallel, largest=True)
+    blocks = re.split(r"^\.?L\w+:", text, flags=re.MULTILINE)
+    loop = max(blocks, key=lambda block: count(f"mulp{kind}", block))
+    products = count(f"mulp{kind}", loop)
+    assert products >= 4
+    maxima = count("pmaxu[dq]", loop) + count("blendvp[sd]", loop)
+    assert maxima == products
+    assert not re.search(r"\bv?gather|\bcall|u?comis", loop)
 
 
 CHILD = """

@@ -26,6 +26,7 @@ from fastadam._tables import (
     EXP_AVG_SQ,
     GRAD,
     PARAM,
+    UPDATE_CHOICE,
 )
 from fastadam.adam import Adam
 
@@ -132,8 +133,8 @@ class Divider(Roofline):
 AVERAGE = None
 
 
-def move_chunk(chunk: Any, tensors: Any, _: Any, zero: Any) -> Any:
-    """Read and write a chunk; in the place of `_cpu.sum_chunk`, so return a number."""
+def move_chunk(chunk: Any, tensors: Any, scale: Any, zero: Any, largest: Any) -> Any:  # noqa: ARG001
+    """Read and write a chunk; in the place of `_cpu.measure_chunk`, so return a number."""
     tensor, start = tensors[chunk[CHUNK_TENSOR]], chunk[CHUNK_OFFSET]
     move_elements(
         tensor[PARAM] + start,
@@ -189,6 +190,7 @@ def _kernel(dtype: Any, parallel: bool, tail: bool, divides: bool) -> Any:
     """
     elements = divide_elements if divides else move_elements
     move = _jit.inline(bind(move_chunk, AVERAGE=tail or None, move_elements=elements))
-    loop = _cpu.sum_parallel if parallel else _cpu.sum_serial
-    function = bind(loop, FLOAT=dtype.type, sum_chunk=move)
+    loop = _cpu.measure_parallel if parallel else _cpu.measure_serial
+    # With the choice of threads for passes of this length, not for the norm's.
+    function = bind(loop, FLOAT=dtype.type, measure_chunk=move, SUM_CHOICE=UPDATE_CHOICE)
     return numba.njit(parallel=parallel, nogil=parallel, **_jit.FLAGS)(function)

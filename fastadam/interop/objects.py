@@ -221,7 +221,8 @@ class ObjectAdam:
             return grad
         # A gradient reset to the number 0, and nothing added to it since.
         _check_real(grad, f"params[{k}].grad", "a numpy.ndarray, a real number or None")
-        return np.full_like(self._arrays[k], grad, subok=False)
+        with np.errstate(all="ignore"):  # infinite, if float32 has no such number
+            return np.full_like(self._arrays[k], grad, subok=False)
 
     @property
     def step_count(self) -> int:
