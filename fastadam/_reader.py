@@ -138,35 +138,32 @@ def look(context: Any, grads: Any, writable: Any) -> Any:
     fields = table(context, 1, CONTEXT_SIZE, _INT64)[0]
     tensors = table(fields[TENSORS], fields[TENSOR_COUNT], TENSOR_COLUMNS, _INT64)
     odd = table(fields[ODD], 1, tensors.shape[0], _INT64)[0]
-    count = 0
+    count, changed = 0, grads == 0
     for t in range(tensors.shape[0] if grads != 0 else 0):
         row = tensors[t]
-        param, grad = row[OBJECT], peek(grads + _ITEMS + 8 * t, _INT64)
+        param, grad, start = row[OBJECT], peek(grads + _ITEMS + 8 * t, _INT64), 0
         usual = peek(param + _DATA, _INT64) == row[PARAM] and fits(param, row, True)
-        row[FOUND] = 0
         if usual and grad != fields[NONE]:
             usual = peek(grad + _TYPE, _INT64) == fields[NDARRAY] and fits(grad, row, writable)
             if usual:
-                row[FOUND] = peek(grad + _DATA, _INT64)
+                start = peek(grad + _DATA, _INT64)
         if not usual:
             odd[count] = t
             count += 1
+        row[FOUND] = start
+        if row[GRAD] != start:
+            changed = True
     fields[ODD_COUNT] = count
-    return count == 0 and accept(fields, tensors)
+    return count == 0 and (not changed or accept(fields, tensors))
 
 
 @_jit.inline
 def accept(fields: Any, tensors: Any) -> Any:
     """Take the addresses in the column FOUND for those of the gradients, if none overlap."""
-    changed = False
+    if not are_apart(tensors, table(fields[OWN_MEMORY], fields[OWN_COUNT], 2, _INT64)):
+        return False
     for t in range(tensors.shape[0]):
-        if tensors[t, GRAD] != tensors[t, FOUND]:
-            changed = True
-    if changed:
-        if not are_apart(tensors, table(fields[OWN_MEMORY], fields[OWN_COUNT], 2, _INT64)):
-            return False
-        for t in range(tensors.shape[0]):
-            tensors[t, GRAD] = tensors[t, FOUND]
+        tensors[t, GRAD] = tensors[t, FOUND]
     return True
 
 
