@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.ma import MaskedArray  # of NumPy itself imported when it is asked for
 
-# What to do with another library's array.
+# What to do with a parameter of another library.
 _HINTS = {
     "torch": "; tensor.detach().numpy() is an array over the memory of a CPU tensor",
     "jax": "; JAX arrays cannot be updated in place",
@@ -75,23 +75,25 @@ def take_grad(
 
 def _as_array(grad: Any, label: str) -> npt.NDArray[Any]:
     """Return a gradient's memory as a plain array, without a copy."""
-    if isinstance(grad, np.generic):
-        return np.asarray(grad)
     kind = type(grad)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if isinstance(grad, np.ndarray) and not isinstance(grad, MaskedArray):
+        plain: npt.NDArray[Any] = grad.view(np.ndarray)  # whatever a subclass says of itself
+        return plain
     try:
-        if not isinstance(grad, np.ndarray):
+        if not isinstance(grad, MaskedArray):
             if hasattr(kind, "__array_interface__"):
                 return np.asarray(grad)
             if hasattr(kind, "__dlpack__") and grad.__dlpack_device__()[0] == _HOST:
                 return np.from_dlpack(grad)
     except Exception as error:  # whatever another library raises
-        name = f"{kind.__module__}.{kind.__qualname__}"
         raise TypeError(
             f"{label} must be readable as a NumPy array without a copy, got {name}: {error}"
         ) from error
-    _check_kind(grad, label)
-    plain: npt.NDArray[Any] = grad.view(np.ndarray)  # whatever a subclass says of itself
-    return plain
+    raise TypeError(
+        f"{label} must be a numpy.ndarray, or another library's array in the host's memory, got"
+        f" {name}"
+    )
 
 
 def check_alike(grad: Any, param: Any, label: str) -> None:

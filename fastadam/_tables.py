@@ -148,8 +148,8 @@ class Context:
         self.fields[ROWS], self.fields[SUMS] = address(self._rows), address(self.sums)
         self.fields[CURSORS], self.fields[OWN_DTYPE] = address(self._cursors), own_dtype
         self.fields[STEP_COUNT], self.fields[THREADS] = address(step_count), threads
-        self._choices = [_thread_choice.new_state() for _ in range(2)]
-        self.fields[[UPDATE_CHOICE, SUM_CHOICE]] = [address(each) for each in self._choices]
+        self.choices = [_thread_choice.new_state() for _ in range(2)]
+        self.fields[[UPDATE_CHOICE, SUM_CHOICE]] = [address(each) for each in self.choices]
         self.fields[ACCOUNT] = address(_thread_choice.account)
         self.address = address(self.fields)
         # The same without a tensor or a chunk, to call a kernel on, even during a step: what
@@ -158,6 +158,9 @@ class Context:
         self._other_cursors = np.zeros_like(self._cursors)
         self._nothing[CURSORS] = address(self._other_cursors)
         self._nothing[[TENSOR_COUNT, CHUNK_COUNT]] = 0
+        self._other_choice, self._other_account = _thread_choice.new_state(), np.zeros(1)
+        self._nothing[[UPDATE_CHOICE, SUM_CHOICE]] = address(self._other_choice)
+        self._nothing[ACCOUNT] = address(self._other_account)
         self._uncounted = np.zeros(1, dtype=np.int64)
         self._nothing[STEP_COUNT] = address(self._uncounted)
         self.nothing = address(self._nothing)

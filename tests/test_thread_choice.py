@@ -1,0 +1,160 @@
+"""One thread or several: what is chosen in a machine that is made up, and that kernels obey."""
+
+from itertools import count
+
+import numba
+import numpy as np
+import pytest
+
+import fastadam
+from fastadam import _cpu, _thread_choice
+
+several, note = _thread_choice.several.py_func, _thread_choice.note.py_func
+ELEMENTS = 100_000
+SERIAL, PARALLEL, STALLED = 40_000, 22_000, 3_000_000  # nanoseconds a pass
+
+
+@pytest.fixture(autouse=True)
+def own_account(monkeypatch):
+    """An account that other tests, and a busy machine, have not written to."""
+    account = np.zeros(1)
+    monkeypatch.setattr(_thread_choice, "account", account)
+    return account
+
+
+def run(account, passes, serial, parallel, state=None):
+    """Make passes that take as long as they are given; return the times, and how many threads."""
+    state = _thread_choice.new_state() if state is None else state
+    times, chosen = [], []
+    for step in range(passes):
+        many = several(state, account)
+        took = (parallel if many else serial)(step)
+        note(state, account, many, ELEMENTS, took)
+        times.append(took)
+        chosen.append(many)
+    return np.array(times, dtype=float), np.array(chosen)
+
+
+def always(time):
+    return lambda _: time
+
+
+def test_an_idle_machine_takes_several(own_account):
+    times, chosen = run(own_account, 4096, always(SERIAL), always(PARALLEL))
+    assert np.flatnonzero(~chosen).tolist() == [1, 7, 31, 127, 511, 2047]
+    assert times.mean() < 1.01 * PARALLEL
+
+
+@pytest.mark.parametrize("every", [1, 2, 130])
+def test_a_busy_machine_costs_a_small_part(own_account, every):
+    """Stalls in each parallel pass, or in some: never much more than one thread needs."""
+    passes = count()
+
+    def parallel(_):
+        return STALLED if next(passes) % every == 0 else PARALLEL
+
+    times, chosen = run(own_account, 4096, always(SERIAL), parallel)
+    assert times[20:].mean() < 1.1 * SERIAL
+    assert chosen.mean() < 0.5
+
+
+def test_a_machine_that_becomes_idle_is_noticed(own_account):
+    state = _thread_choice.new_state()
+    run(own_account, 2000, always(SERIAL), always(STALLED), state)
+    _, chosen = run(own_account, 3000, always(SERIAL), always(PARALLEL), state)
+    assert chosen[1500:].mean() > 0.99
+
+
+def test_one_that_becomes_busy_too(own_account):
+    state = _thread_choice.new_state()
+    run(own_account, 1000, always(SERIAL), always(PARALLEL), state)
+    _, chosen = run(own_account, 100, always(SERIAL), always(STALLED), state)
+    assert chosen.sum() <= 3
+
+
+def test_a_short_interruption_changes_nothing(own_account):
+    state = _thread_choice.new_state()
+    run(own_account, 1000, always(SERIAL), always(PARALLEL), state)
+    _, chosen = run(
+        own_account, 1000, always(SERIAL), lambda k: STALLED if k == 500 else PARALLEL, state
+    )
+    assert chosen.mean() > 0.99
+
+
+def test_minutes_in_which_the_process_stood_still_do_not_count(own_account):
+    state = _thread_choice.new_state()
+    run(own_account, 100, always(SERIAL), always(PARALLEL), state)
+    _, chosen = run(
+        own_account, 10_000, always(SERIAL), lambda k: 10**12 if k == 5 else PARALLEL, state
+    )
+    assert chosen[-5000:].mean() > 0.99
+
+
+def test_an_interrupted_measurement_is_made_again(own_account):
+    """The second pass took a hundred times as long: several threads seem a bargain until then."""
+    state = _thread_choice.new_state()
+    serial = iter([100 * SERIAL])
+    run(own_account, 8192, lambda _: next(serial, SERIAL), always(STALLED), state)
+    assert state[_thread_choice.SERIAL] == pytest.approx(SERIAL / ELEMENTS)
+
+
+def test_passes_over_few_of_the_elements_are_judged_by_what_they_do(own_account):
+    """Optimizers of which now one, now another half has gradients."""
+    state, chosen = _thread_choice.new_state(), []
+    for step in range(1000):
+        part = 0.1 if step % 2 else 1.0
+        chosen.append(several(state, own_account))
+        took = part * (PARALLEL if chosen[-1] else SERIAL)
+        note(state, own_account, chosen[-1], part * ELEMENTS, took)
+    assert np.mean(chosen) > 0.99
+
+
+@pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="one processor")
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}], ids=["plain", "clip"])
+class TestKernels:
+    def make(self, options):
+        param = np.ones(_cpu.SERIAL_BELOW + 5)
+        opt = fastadam.Adam(param, **options)
+        fastadam.compile(opt)
+        return opt, param
+
+    def test_they_obey(self, own_account, options):
+        """An overdrawn account is paid into, by passes of one thread alone."""
+        opt, param = self.make(options)
+        own_account[0] = -1e12
+        for _ in range(3):
+            opt.step(param.copy())
+        assert own_account[0] > -1e12
+        (context,) = opt._plan.contexts
+        serial = [state[_thread_choice.SERIAL] > 0.0 for state in context.choices]
+        assert serial == [True, bool(options)]
+
+    def test_numbas_own_count_of_threads_stays(self, own_account, options):
+        opt, param = self.make(options)
+        before = numba.get_num_threads()
+        for account in (1e6, -1e12):
+            own_account[0] = account
+            opt.step(param.copy())
+            assert numba.get_num_threads() == before
+
+    def test_the_bits_are_the_same(self, own_account, options):
+        found = set()
+        for account in (1e6, -1e12):
+            opt, param = self.make(options)
+            for _ in range(5):
+                own_account[0] = account
+                result = opt.step(np.linspace(-1, 1, param.size))
+            found.add((param.tobytes(), result))
+        assert len(found) == 1
+
+    def test_one_thread_is_no_choice(self, own_account, options):
+        """What was asked for with `numba.set_num_threads` is neither timed nor counted."""
+        before = numba.get_num_threads()
+        opt, param = self.make(options)
+        numba.set_num_threads(1)
+        try:
+            for _ in range(3):
+                opt.step(param.copy())
+        finally:
+            numba.set_num_threads(before)
+        assert own_account[0] == 0.0
