@@ -1,5 +1,6 @@
 """Adam and AdamW: the facade. Groups, state, ``step()``, ``state_dict()``."""
 
+import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
@@ -163,6 +164,7 @@ class Adam:
         self._install(groups, np.zeros(len(groups.states), dtype=np.int64), 0)
         self._lock = threading.Lock()
         register(self)
+        have_torch_load_state()
 
     def _after_fork(self) -> None:
         """Be usable in a forked child: no thread that was in a step is there to end it."""
@@ -497,6 +499,7 @@ class Adam:
         >>> opt.state_dict()["state"]["w"]["exp_avg"]
         array([0.1, 0.1])
         """
+        have_torch_load_state()
         with take_turn(self._lock):
             return self._export_state()
 
@@ -680,6 +683,14 @@ class AdamW(Adam):
             nonfinite=nonfinite,
             ema_decay=ema_decay,
         )
+
+
+def have_torch_load_state() -> None:
+    """Have ``torch.load`` take a state_dict, in a program that uses torch."""
+    if "torch" in sys.modules:
+        from .interop.torch import have_torch_load_arrays
+
+        have_torch_load_arrays()
 
 
 def take_turn(lock: threading.Lock) -> threading.Lock:

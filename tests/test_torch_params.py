@@ -113,6 +113,25 @@ def test_torch_loads_a_state_dict(torch):
             np.testing.assert_array_equal(other.state[name][kind], value, strict=True)
 
 
+MADE = "import torch, fastadam, numpy; fastadam.Adam(numpy.ones(2))"
+EXPORTED = """
+import fastadam, numpy
+opt = fastadam.Adam(numpy.ones(2))
+import torch
+opt.state_dict()
+"""
+
+
+@pytest.mark.parametrize("code", [MADE, EXPORTED], ids=["made", "exported"])
+def test_a_program_with_both_need_import_nothing_else(torch, code, tmp_path):
+    torch.save(fastadam.Adam(np.ones(2)).state_dict(), tmp_path / "state.pt")
+    code += f"""
+print(torch.load({str(tmp_path / "state.pt")!r})["state"][0]["exp_avg"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[0. 0.]\n", "")
+
+
 @pytest.mark.parametrize("first", ["torch", "fastadam.interop.torch"])
 def test_in_whatever_order_they_are_imported(torch, first, tmp_path):
     torch.save(fastadam.Adam(np.ones(2)).state_dict(), tmp_path / "state.pt")
@@ -129,4 +148,4 @@ def test_without_torch(monkeypatch):
     from fastadam.interop import torch as interop
 
     monkeypatch.setitem(sys.modules, "torch", None)
-    interop._have_torch_load_arrays()
+    interop.have_torch_load_arrays.__wrapped__()

@@ -1,9 +1,10 @@
 """Between fastadam and torch: state in both directions, and parameters on the CPU.
 
-To import this module has ``torch.load(weights_only=True)``, torch's default,
-take NumPy arrays: those of a ``state_dict`` that ``torch.save`` has written.
+Once this module is imported, ``torch.load(weights_only=True)``, torch's default, takes
+NumPy arrays: those of a ``state_dict`` that ``torch.save`` has written.
 """
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,7 +39,8 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-def _have_torch_load_arrays() -> None:
+@functools.cache
+def have_torch_load_arrays() -> None:
     """Add what a pickled array of float32 or float64 is made of to what torch loads."""
     try:
         import torch
@@ -50,7 +52,7 @@ def _have_torch_load_arrays() -> None:
         torch.serialization.add_safe_globals([rebuild, np.ndarray, np.dtype, *dtypes])
 
 
-_have_torch_load_arrays()
+have_torch_load_arrays()
 
 
 class CPUParams:
