@@ -30,6 +30,7 @@ from ._tables import (
     CONTEXT_SIZE,
     CURSOR_BYTES,
     CURSORS,
+    DONE,
     DTYPE,
     EMA,
     EXP_AVG,
@@ -40,6 +41,7 @@ from ._tables import (
     GROUP_COUNT,
     GROUPS,
     MAX_EXP_AVG_SQ,
+    NEXT,
     OWN_DTYPE,
     PARAM,
     ROW,
@@ -131,7 +133,7 @@ def update_elements(
     """
     grad_factor, decay, beta1, one_minus_beta1 = s[0], s[2], s[3], s[4]
     beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps = s[5], s[6], s[7], s[8], s[9]
-    one_minus_ema_decay, tiny, tiny_grad, tiny_root = s[10], s[11], s[12], s[13]
+    one_minus_ema_decay, tiny = s[10], s[11]
     for i in range(size):
         p, m, v, x, e = adam_update(
             load(param, i, eps, PARAM),
@@ -142,7 +144,7 @@ def update_elements(
             load(ema, i, eps, EMA),
             grad_factor, l2, decay, beta1, one_minus_beta1,
             beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps, one_minus_ema_decay,
-            tiny, tiny_grad, tiny_root,
+            tiny,
         )  # fmt: skip
         store(param, i, p, PARAM)
         store(exp_avg, i, m, EXP_AVG)
@@ -227,7 +229,7 @@ def share_out(fields: Any, tensors: Any, choice: Any) -> Any:
         workers = 1
     cursors = table(fields[CURSORS], workers, CURSOR_BYTES // 8, _INT64)
     for w in range(workers):
-        cursors[w, 0] = fields[CHUNK_COUNT] * w // workers
+        cursors[w, NEXT] = fields[CHUNK_COUNT] * w // workers
     return workers
 
 
@@ -236,7 +238,18 @@ def note_time(fields: Any, choice: Any, workers: Any, started: Any) -> None:
     """Take into account how long the pass took, from a time of `clock` on."""
     if min(thread_count(), fields[THREADS]) > 1:
         state, account = _accounts(fields, choice)
-        _note(state, account, workers > 1, fields[WORK], clock() - started)
+        cursors = table(fields[CURSORS], workers, CURSOR_BYTES // 8, _INT64)
+        ended = clock()
+        first = ended
+        for w in range(workers):
+            first = min(first, cursors[w, DONE])
+        _note(state, account, workers > 1, fields[WORK], ended - started, ended - first)
+
+
+@_jit.inline
+def store_done(fields: Any, worker: Any) -> None:
+    """Note when a worker found nothing left to do."""
+    table(fields[CURSORS], worker + 1, CURSOR_BYTES // 8, _INT64)[worker, DONE] = clock()
 
 
 @_jit.inline
@@ -284,6 +297,7 @@ def update_parallel(context: Any, grads: Any) -> Any:  # noqa: ARG001
             while c >= 0:
                 update_chunk(chunks[c], tensors, scalars, FLOAT(0), AMSGRAD, AVERAGE, ZERO_GRAD)
                 c = next_chunk(fields, workers, owner)
+        store_done(fields, w)
     set_thread_count(available)
     note_time(fields, UPDATE_CHOICE, workers, started)
     return count_step(fields)
@@ -316,6 +330,7 @@ def measure_parallel(context: Any, scale: Any) -> Any:
             while c >= 0:
                 values[c] = measure_chunk(chunks[c], tensors, scale, FLOAT(0), LARGEST)
                 c = next_chunk(fields, workers, owner)
+        store_done(fields, w)
     set_thread_count(available)
     note_time(fields, SUM_CHOICE, workers, started)
     return combine(values, LARGEST)

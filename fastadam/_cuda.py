@@ -239,8 +239,6 @@ def write_scalars(row: Any, s: Any, like: Any) -> None:
     store(row, 9, convert(s[9], like))
     store(row, 10, convert(s[10], like))
     store(row, 11, convert(s[11], like))
-    store(row, 12, convert(s[12], like))
-    store(row, 13, convert(s[13], like))
 
 
 @_device.inline

@@ -4,7 +4,7 @@ from ._tables import ROW
 
 # Of the table of tensors a device has the columns up to here.
 COLUMNS = ROW + 1
-# Bytes from one tensor's scalars to the next one's: 14 of any type, and a cache line.
+# Bytes from one tensor's scalars to the next one's: 12 of any type, and a cache line.
 ROW_BYTES = 128
 
 # What a kernel is given the address of: for each dtype a table of these. Addresses, and how

@@ -49,36 +49,31 @@ def adam_update(
     eps: Any,
     one_minus_ema_decay: Any,
     tiny: Any,
-    tiny_grad: Any,
-    tiny_root: Any,
 ) -> tuple[Any, Any, Any, Any, Any]:
     """Update one element; all scalars are of the parameter's own type.
 
     ``l2``, ``max_exp_avg_sq`` and ``ema`` are None where they are off, and the
     branch is gone when the function is compiled.
 
-    No number here is denormal, below ``tiny``, the smallest normal one, for more than a
-    few steps: processors take 10 to 60 times as long for it, and a moment that decays would
-    stay one, since 0.9 times a few units of the last place rounds back to itself. So moments
-    below ``tiny`` become 0; a gradient below ``tiny_grad`` counts as 0, and one below
-    ``tiny_root`` adds nothing to ``exp_avg_sq``: what they would add is below ``tiny``.
+    Moments below ``tiny``, the smallest normal number, become 0. Processors take 10 to 60
+    times as long for a denormal number, and a moment that decays would stay one for good:
+    0.9 times a few units of the last place rounds back to itself.
     """
     zero = tiny - tiny  # of the parameter's own type
-    size = abs(grad)
-    grad = grad_factor * (zero if size < tiny_grad else grad)
-    root = zero if size < tiny_root else grad
+    grad = grad_factor * grad
     if l2 is not None:
-        grad = root = fma(l2, param, grad)
+        grad = fma(l2, param, grad)
     # Not exp_avg + (1-beta1)*(grad - exp_avg): with a small beta1 and a gradient
     # smaller than the last place of exp_avg, nothing would be left of the gradient.
     exp_avg = fma(beta1, exp_avg, one_minus_beta1 * grad)
     exp_avg = zero if abs(exp_avg) < tiny else exp_avg
-    exp_avg_sq = fma(one_minus_beta2 * root, root, beta2 * exp_avg_sq)
+    exp_avg_sq = fma(one_minus_beta2 * grad, grad, beta2 * exp_avg_sq)
     exp_avg_sq = zero if exp_avg_sq < tiny else exp_avg_sq
     second_moment = exp_avg_sq
     if max_exp_avg_sq is not None:
-        # Written so that a NaN in exp_avg_sq is taken, as PyTorch's maximum does.
-        if not max_exp_avg_sq >= exp_avg_sq:
+        # Written so that a NaN in exp_avg_sq is taken, as PyTorch's maximum does, and that
+        # a maximum below tiny, which can only have been loaded, does not stay.
+        if not max_exp_avg_sq >= (tiny if exp_avg_sq < tiny else exp_avg_sq):
             max_exp_avg_sq = exp_avg_sq
         second_moment = max_exp_avg_sq
     denom = fma(math.sqrt(second_moment), inv_sqrt_bias2, eps)
@@ -134,13 +129,13 @@ def step_scalars(
     """
     step_size = lr / one_minus_power(beta1, step)
     inv_sqrt_bias2 = 1.0 / math.sqrt(one_minus_power(beta2, step))
-    # Both sides of the division times a power of 2 that brings step_size near 1: the quotient
-    # keeps its bits, and step_size*exp_avg is not denormal where exp_avg is not.
+    # The step is step_size*exp_avg / denom. Both sides of the division are multiplied by a
+    # power of 2, which changes no digit of the quotient: step_size becomes about 1, so that
+    # its product with exp_avg is not denormal. By 2**37 at most, or denom could overflow in
+    # float32: 2**64, the largest root, times 2**26.5, the largest inv_sqrt_bias2.
     scale = 1.0
     if step_size < 1.0 and eps <= 1.0:
-        scale = math.ldexp(1.0, min(-math.frexp(step_size)[1], 40))
-    # What gradients are multiplied by, where that is not 0, on their way to the moments.
-    factor = abs(grad_factor) if grad_factor != 0.0 else 1.0
+        scale = math.ldexp(1.0, min(-math.frexp(step_size)[1], 37))
     return (
         grad_factor,
         l2,
@@ -154,6 +149,4 @@ def step_scalars(
         scale * eps,
         one_minus_ema_decay,
         tiny,
-        tiny / (factor * (1.0 - beta1)),
-        math.sqrt(tiny / (1.0 - beta2)) / factor,
     )

@@ -27,7 +27,7 @@ CHUNK_COLUMNS = 3
 # Elements in a chunk, the unit of work of a thread and of a sum: under 1 microsecond.
 CHUNK = 8192
 # The scalars of one step: what `_formula.step_scalars` returns.
-SCALARS = 14
+SCALARS = 12
 # The columns of a group's row of float64: the first arguments of `_formula.step_scalars`.
 LR, BETA1, BETA2, EPS, L2, WEIGHT_DECAY, GRAD_FACTOR, ONE_MINUS_EMA_DECAY = range(8)
 GROUP_COLUMNS = 8
@@ -62,8 +62,9 @@ START, END = range(2)
 ) = range(22)
 CONTEXT_SIZE = 22
 
-# A counter to a thread, each in a cache line of its own.
+# A row to a thread, in a cache line of its own: its next chunk, and when it was done.
 CURSOR_BYTES = 64
+NEXT, DONE = range(2)
 
 
 def tensor_table(

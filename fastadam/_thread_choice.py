@@ -53,11 +53,15 @@ def several(state: Any, account: Any) -> Any:
 
 
 @_jit.inline
-def note(state: Any, account: Any, several: Any, elements: Any, took: Any) -> None:
-    """Take into account how many nanoseconds a pass over so many elements took."""
+def note(state: Any, account: Any, several: Any, elements: Any, took: Any, waited: Any) -> None:
+    """Take into account how many nanoseconds a pass over so many elements took.
+
+    ``waited`` is how long the thread that was done first waited for the others: no more is
+    lost, or a pass that is slow for other reasons, such as denormal numbers, would count.
+    """
     if several:
         if state[SERIAL] > 0.0:
-            account[0] += max(state[SERIAL] * elements - took, -MOST_LOST)
+            account[0] += max(state[SERIAL] * elements - took, -min(waited, MOST_LOST))
     else:
         account[0] += PAID * took
         if elements > 0:

@@ -61,7 +61,9 @@ def vector_loops(kind, text):
             touching = [
                 line
                 for line in block.splitlines()
-                if re.search(r"%[xyz]mm\d+", line) and re.search(r"\((?!%rsp|%rip)", line)
+                if re.search(r"%[xyz]mm\d+", line)
+                and re.search(r"\((?!%rsp|%rip)", line)
+                and "{1to" not in line  # a constant, for which there was no register left
             ]
             written = sum(line.rstrip().endswith(")") for line in touching)
             yield (len(touching) - written) / roots, written / roots
@@ -77,7 +79,7 @@ def test_loops_are_vectorised(dtype, kind, on, parallel):
         packed = count(f"{operation}p{kind}", text)
         assert packed >= 2, f"{operation} is not packed"
         # In `step_scalars`, and in `_thread_choice.note`.
-        prologue = 2 if operation == "sqrt" else 5 + parallel
+        prologue = 1 if operation == "sqrt" else 2 + parallel
         scalar = count(f"{operation}s{kind}", text) - (prologue if kind == "d" else 0)
         assert scalar <= packed, f"{scalar} scalar against {packed} packed {operation}"
     assert not re.search(r"\bv?gather|\bv?scatter", text)

@@ -22,14 +22,14 @@ def own_account(monkeypatch):
     return account
 
 
-def run(account, passes, serial, parallel, state=None):
+def run(account, passes, serial, parallel, state=None, *, waits=True):
     """Make passes that take as long as they are given; return the times, and how many threads."""
     state = _thread_choice.new_state() if state is None else state
     times, chosen = [], []
     for step in range(passes):
         many = several(state, account)
         took = (parallel if many else serial)(step)
-        note(state, account, many, ELEMENTS, took)
+        note(state, account, many, ELEMENTS, took, took - PARALLEL if waits else 100)
         times.append(took)
         chosen.append(many)
     return np.array(times, dtype=float), np.array(chosen)
@@ -81,6 +81,17 @@ def test_a_short_interruption_changes_nothing(own_account):
     assert chosen.mean() > 0.99
 
 
+def test_a_pass_that_is_slow_without_waiting_changes_nothing(own_account):
+    """As one over denormal numbers."""
+    state = _thread_choice.new_state()
+    run(own_account, 100, always(SERIAL), always(PARALLEL), state)
+    _, chosen = run(
+        own_account, 100, always(SERIAL), lambda k: 100 * STALLED if k == 5 else PARALLEL, state,
+        waits=False,
+    )  # fmt: skip
+    assert chosen.mean() >= 0.99
+
+
 def test_minutes_in_which_the_process_stood_still_do_not_count(own_account):
     state = _thread_choice.new_state()
     run(own_account, 100, always(SERIAL), always(PARALLEL), state)
@@ -105,7 +116,7 @@ def test_passes_over_few_of_the_elements_are_judged_by_what_they_do(own_account)
         part = 0.1 if step % 2 else 1.0
         chosen.append(several(state, own_account))
         took = part * (PARALLEL if chosen[-1] else SERIAL)
-        note(state, own_account, chosen[-1], part * ELEMENTS, took)
+        note(state, own_account, chosen[-1], part * ELEMENTS, took, 100)
     assert np.mean(chosen) > 0.99
 
 
