@@ -125,11 +125,12 @@ def count_step(fields: Any) -> Any:
 @_jit.inline
 def update_elements(
     param: Any, grad: Any, exp_avg: Any, exp_avg_sq: Any, max_exp_avg_sq: Any, ema: Any,
-    size: Any, s: Any, l2: Any, zero_grad: Any,
+    size: Any, s: Any, l2: Any, zero_grad: Any, zero: Any,
 ) -> None:  # fmt: skip
     """Update ``size`` elements; the first six are addresses, ``s`` a row of scalars.
 
-    ``max_exp_avg_sq``, ``ema``, ``l2`` and ``zero_grad`` are None where they are off.
+    ``max_exp_avg_sq``, ``ema``, ``l2`` and ``zero_grad`` are None where they are off;
+    ``zero`` is of the parameters' type.
     """
     grad_factor, decay, beta1, one_minus_beta1 = s[0], s[2], s[3], s[4]
     beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps = s[5], s[6], s[7], s[8], s[9]
@@ -144,7 +145,7 @@ def update_elements(
             load(ema, i, eps, EMA),
             grad_factor, l2, decay, beta1, one_minus_beta1,
             beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps, one_minus_ema_decay,
-            tiny,
+            tiny, zero,
         )  # fmt: skip
         store(param, i, p, PARAM)
         store(exp_avg, i, m, EXP_AVG)
@@ -173,9 +174,9 @@ def update_chunk(
         z = only_if(zero_grad, zero)
         # Decided for the chunk, so that the loop has no such question in it.
         if s[1] == 0:
-            update_elements(param, grad, m, v, x, e, size, s, None, z)
+            update_elements(param, grad, m, v, x, e, size, s, None, z, zero)
         else:
-            update_elements(param, grad, m, v, x, e, size, s, s[1], z)
+            update_elements(param, grad, m, v, x, e, size, s, s[1], z, zero)
 
 
 @_jit.inline

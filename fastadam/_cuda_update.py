@@ -37,7 +37,7 @@ def update4(
     param: Any, grad: Any, exp_avg: Any, exp_avg_sq: Any, max_exp_avg_sq: Any, ema: Any, i: Any,
     grad_factor: Any, l2: Any, decay: Any, beta1: Any, one_minus_beta1: Any, beta2: Any,
     one_minus_beta2: Any, step_size: Any, inv_sqrt_bias2: Any, eps: Any, average: Any,
-    tiny: Any, zero_grad: Any,
+    tiny: Any, zero: Any, zero_grad: Any,
 ) -> None:  # fmt: skip
     """Update 4 elements from ``i`` on, every address of which is aligned to 16 bytes."""
     p0, p1, p2, p3 = load4(param, i, eps)
@@ -48,19 +48,19 @@ def update4(
     e0, e1, e2, e3 = load4(ema, i, eps)
     p0, m0, v0, x0, e0 = adam_update(
         p0, g0, m0, v0, x0, e0, grad_factor, l2, decay, beta1, one_minus_beta1,
-        beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps, average, tiny,
+        beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps, average, tiny, zero,
     )  # fmt: skip
     p1, m1, v1, x1, e1 = adam_update(
         p1, g1, m1, v1, x1, e1, grad_factor, l2, decay, beta1, one_minus_beta1,
-        beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps, average, tiny,
+        beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps, average, tiny, zero,
     )  # fmt: skip
     p2, m2, v2, x2, e2 = adam_update(
         p2, g2, m2, v2, x2, e2, grad_factor, l2, decay, beta1, one_minus_beta1,
-        beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps, average, tiny,
+        beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps, average, tiny, zero,
     )  # fmt: skip
     p3, m3, v3, x3, e3 = adam_update(
         p3, g3, m3, v3, x3, e3, grad_factor, l2, decay, beta1, one_minus_beta1,
-        beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps, average, tiny,
+        beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps, average, tiny, zero,
     )  # fmt: skip
     store4(param, i, p0, p1, p2, p3)
     store4(exp_avg, i, m0, m1, m2, m3)
@@ -78,14 +78,14 @@ def update1(
     param: Any, grad: Any, exp_avg: Any, exp_avg_sq: Any, max_exp_avg_sq: Any, ema: Any, i: Any,
     grad_factor: Any, l2: Any, decay: Any, beta1: Any, one_minus_beta1: Any, beta2: Any,
     one_minus_beta2: Any, step_size: Any, inv_sqrt_bias2: Any, eps: Any, average: Any,
-    tiny: Any, zero_grad: Any,
+    tiny: Any, zero: Any, zero_grad: Any,
 ) -> None:  # fmt: skip
     """Update one element."""
     p, m, v, x, e = adam_update(
         load(param, i, eps), load(grad, i, eps), load(exp_avg, i, eps), load(exp_avg_sq, i, eps),
         load(max_exp_avg_sq, i, eps), load(ema, i, eps),
         grad_factor, l2, decay, beta1, one_minus_beta1,
-        beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps, average, tiny,
+        beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps, average, tiny, zero,
     )  # fmt: skip
     store(param, i, p)
     store(exp_avg, i, m)
@@ -123,7 +123,7 @@ def update_elements(
         update4(
             param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, ema, i,
             grad_factor, l2, decay, beta1, one_minus_beta1, beta2, one_minus_beta2,
-            step_size, inv_sqrt_bias2, eps, average, tiny, zero_grad,
+            step_size, inv_sqrt_bias2, eps, average, tiny, zero, zero_grad,
         )  # fmt: skip
         i += 4 * threads
     i = 4 * fours + thread
@@ -131,7 +131,7 @@ def update_elements(
         update1(
             param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, ema, i,
             grad_factor, l2, decay, beta1, one_minus_beta1, beta2, one_minus_beta2,
-            step_size, inv_sqrt_bias2, eps, average, tiny, zero_grad,
+            step_size, inv_sqrt_bias2, eps, average, tiny, zero, zero_grad,
         )  # fmt: skip
         i += threads
 

@@ -49,8 +49,9 @@ def adam_update(
     eps: Any,
     one_minus_ema_decay: Any,
     tiny: Any,
+    zero: Any,
 ) -> tuple[Any, Any, Any, Any, Any]:
-    """Update one element; all scalars are of the parameter's own type.
+    """Update one element; all scalars are of the parameter's own type, ``zero`` too.
 
     ``l2``, ``max_exp_avg_sq`` and ``ema`` are None where they are off, and the
     branch is gone when the function is compiled.
@@ -59,7 +60,6 @@ def adam_update(
     times as long for a denormal number, and a moment that decays would stay one for good:
     0.9 times a few units of the last place rounds back to itself.
     """
-    zero = tiny - tiny  # of the parameter's own type
     grad = grad_factor * grad
     if l2 is not None:
         grad = fma(l2, param, grad)

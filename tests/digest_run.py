@@ -98,5 +98,47 @@ def tail_digest():
     return found
 
 
+# Through numbers that become denormal: each dtype has betas by which moments do in so many steps.
+FADING_STEPS = 1_000
+FADING_BETAS = {"float32": (0.9, 0.91), "float64": (0.4, 0.5)}
+FADING_MODES = (
+    {},
+    {"lr": 1e-3, "weight_decay": 1e-5, "maximize": True},  # by which weights fade as well
+    {"lr": 0.5, "weight_decay": 0.5, "decoupled_weight_decay": True},
+    {"lr": 1e-13, "amsgrad": True, "ema_decay": 0.3, "max_grad_norm": 1e-3},
+)
+
+
+def fading_trajectory(dtype, mode, pieces=1, size=1_001):
+    """Return the bytes of all that an optimizer holds once units died, or have tiny gradients."""
+    raw = np.random.Generator(np.random.PCG64(13)).integers(-(2**20), 2**20, (2, size))
+    param, grad = (raw / 2**20).astype(dtype)
+    # In float32 about 1e-21, 1e-36 and 1e-42, whose squares, or they themselves, are denormal.
+    powers = (-70, -120, -140) if dtype is np.float32 else (-512, -1018, -1060)
+    for k, power in enumerate(powers):
+        grad[k::8] = np.ldexp(grad[k::8], power)
+        param[k::16] = 0.0
+    opt = fastadam.Adam(cut(param, pieces), betas=FADING_BETAS[np.dtype(dtype).name], **mode)
+    for step in range(FADING_STEPS):
+        if step == 5:
+            grad[3::8] = grad[4::8] = grad[5::8] = 0.0
+        opt.step(cut(grad, pieces), grad_scale=0.75)
+    state = opt.state
+    names = [name for name in state[0] if name != "step"]
+    arrays = [np.concatenate([state[k][name] for k in range(pieces)]) for name in names]
+    return b"".join(a.astype(f"<f{a.itemsize}").tobytes() for a in (param, *arrays))
+
+
+def fading_digest(pieces=1):
+    """Return a digest for each dtype, over all of these modes."""
+    found = {}
+    for dtype in (np.float32, np.float64):
+        bits = hashlib.sha256()
+        for mode in FADING_MODES:
+            bits.update(fading_trajectory(dtype, mode, pieces))
+        found[f"{np.dtype(dtype).name} fading"] = bits.hexdigest()[:32]
+    return found
+
+
 if __name__ == "__main__":
-    sys.stdout.write(repr({**digest(), **tail_digest()}))
+    sys.stdout.write(repr({**digest(), **tail_digest(), **fading_digest()}))

@@ -29,7 +29,11 @@ def tutorial(params, grads_of, num_steps, steps, lr=1e-2, b1=0.9, b2=0.95, eps=1
 
 
 class Reference:
-    """Adam with every option over one array, kept in float64 whatever it is given."""
+    """Adam with every option over one array, kept in float64 whatever it is given.
+
+    A moment below the smallest normal number of ``dtype``, that of the array unless given,
+    becomes 0.
+    """
 
     def __init__(
         self,
@@ -43,8 +47,10 @@ class Reference:
         maximize=False,
         schedule=None,
         ema_decay=None,
+        dtype=None,
     ):
         self.param = np.array(param, dtype=np.float64)
+        self.tiny = float(np.finfo(dtype or np.asarray(param).dtype).tiny)
         self.exp_avg = np.zeros_like(self.param)
         self.exp_avg_sq = np.zeros_like(self.param)
         self.max_exp_avg_sq = np.zeros_like(self.param) if amsgrad else None
@@ -66,11 +72,12 @@ class Reference:
         g = -g if self.maximize else g
         if self.weight_decay and not self.decoupled:
             g = g + self.weight_decay * self.param
-        self.exp_avg = b1 * self.exp_avg + (1 - b1) * g
-        self.exp_avg_sq = b2 * self.exp_avg_sq + (1 - b2) * g * g
+        self.exp_avg = self.least(b1 * self.exp_avg + (1 - b1) * g)
+        self.exp_avg_sq = self.least(b2 * self.exp_avg_sq + (1 - b2) * g * g)
         second = self.exp_avg_sq
         if self.max_exp_avg_sq is not None:
-            second = self.max_exp_avg_sq = np.maximum(self.max_exp_avg_sq, self.exp_avg_sq)
+            largest = np.maximum(self.max_exp_avg_sq, self.exp_avg_sq)
+            second = self.max_exp_avg_sq = self.least(largest)
         m_hat = self.exp_avg / (1 - b1**self.updates)
         v_hat = second / (1 - b2**self.updates)
         if self.decoupled:
@@ -78,6 +85,10 @@ class Reference:
         self.param = self.param - lr * m_hat / (np.sqrt(v_hat) + self.eps)
         if self.ema is not None:
             self.ema = self.ema + (1 - self.ema_decay) * (self.param - self.ema)
+
+    def least(self, values):
+        """0 for all that is below the normal numbers."""
+        return np.where(np.abs(values) < self.tiny, 0.0, values)
 
     def arrays(self):
         named = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}

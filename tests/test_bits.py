@@ -10,7 +10,7 @@ from pathlib import Path
 import numba
 import numpy as np
 import pytest
-from digest_run import MODES, digest, trajectory
+from digest_run import MODES, digest, fading_digest, trajectory
 
 import fastadam
 from fastadam import _cpu
@@ -26,6 +26,11 @@ TAIL_DIGEST = {
     "float32 tail": "197b2d979b2971b5652fe190674d5f5c",
     "float64 tail": "f119956e99290379bb4d6de8cc577ba7",
 }
+# The same with moments and gradients that become denormal: print(fading_digest()).
+FADING_DIGEST = {
+    "float32 fading": "658b04e27573fc2d6a02b05408f6c765",
+    "float64 fading": "c944333881d08eff6659d4f2556f4b4b",
+}
 
 
 @pytest.mark.parametrize("pieces", [1, 100])
@@ -39,6 +44,12 @@ def test_serial_and_parallel_path(monkeypatch):
     monkeypatch.setattr(_cpu, "SERIAL_BELOW", 0)
     assert digest() == DIGEST
     assert digest(pieces=37) == DIGEST
+
+
+@pytest.mark.parametrize("serial_below", [2**60, 0], ids=["serial", "parallel"])
+def test_digest_of_denormal_numbers(monkeypatch, serial_below):
+    monkeypatch.setattr(_cpu, "SERIAL_BELOW", serial_below)
+    assert fading_digest() == FADING_DIGEST
 
 
 def test_both_paths_are_taken(kernel_calls):
@@ -86,7 +97,7 @@ def test_instruction_sets(cpu, tmp_path):
     done = subprocess.run(
         [sys.executable, str(script)], env=env, capture_output=True, text=True, check=True
     )
-    assert ast.literal_eval(done.stdout) == {**DIGEST, **TAIL_DIGEST}
+    assert ast.literal_eval(done.stdout) == {**DIGEST, **TAIL_DIGEST, **FADING_DIGEST}
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)

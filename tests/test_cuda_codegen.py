@@ -36,9 +36,9 @@ OPTIONS = ("amsgrad", "average", "zero_grad")
 EACH_OPTION = ((), *((name,) for name in OPTIONS), OPTIONS)
 # Both of `l2 == 0` and its contrary, each with a loop over fours and one over the elements left.
 BRANCHES = 2
-# `update_elements` has 4 updates in a turn of the first loop; the second is unrolled to 4, and
-# has one more for what remains of it.
-UPDATES = 4 + 5
+# `update_elements` has 4 updates in a turn of the first loop; the second is unrolled to 4, or
+# to 2 where the update is long, and has one more for what remains of it.
+UPDATES = (4 + 5, 4 + 3)
 
 
 def update_kernel(dtype, on):
@@ -206,7 +206,7 @@ def test_machine_code_needs_no_memory_of_its_own(name, cc):
 @CAPABILITIES
 @pytest.mark.parametrize(
     ("dtype", "on", "most"),
-    [(F4, (), 64), (F4, OPTIONS, 96), (F8, (), 128), (F8, OPTIONS, 128)],
+    [(F4, (), 64), (F4, OPTIONS, 96), (F8, (), 128), (F8, OPTIONS, 144)],
     ids=["f4 plain", "f4 full", "f8 plain", "f8 full"],
 )
 def test_registers(dtype, on, most, cc):
@@ -228,16 +228,43 @@ def test_no_float64_in_float32(on, cc):
 def test_arithmetic_is_the_formula_s(dtype, on):
     """Nothing was fused that is not written as fma, nothing that is was taken apart."""
     kind, text = f"f{8 * dtype.itemsize}", ptx(update_kernel(dtype, on), HOPPER)
+    updates, with_l2 = updates_of(dtype, on)
+    assert updates - with_l2 in UPDATES
+    assert with_l2 in UPDATES
     # Both averages, the denominator and the parameter; L2, in one of the branches.
     fused = 4 + ("average" in on)
-    assert arithmetic("fma", kind, text) == UPDATES * (fused + fused + 1)
+    assert arithmetic("fma", kind, text) == updates * fused + with_l2
     # The gradient by its factor and by the two 1 - beta, beta2 by the average, the step's size.
-    assert arithmetic("mul", kind, text) == UPDATES * BRANCHES * 5
+    assert arithmetic("mul", kind, text) == updates * 5
     # An average's distance from the parameter.
     added = arithmetic("sub", kind, text) + arithmetic("add", kind, text)
-    assert added == UPDATES * BRANCHES * ("average" in on)
+    assert added == updates * ("average" in on)
     for operation in ("sqrt", "div"):
-        assert count(rf"{operation}\.rn\.{kind}", text) == UPDATES * BRANCHES
+        assert count(rf"{operation}\.rn\.{kind}", text) == updates
+
+
+@CAPABILITIES
+@pytest.mark.parametrize("on", EACH_OPTION, ids=lambda on: "+".join(on) or "plain")
+@DTYPES
+def test_no_branch_is_taken_for_a_small_number(dtype, on, cc):
+    """What keeps denormal numbers out is comparisons and selections."""
+    kind, text = f"f{8 * dtype.itemsize}", ptx(update_kernel(dtype, on), cc)
+    updates, _ = updates_of(dtype, on)
+    # Two moments; two for the maximum.
+    selected = updates * (2 + 2 * ("amsgrad" in on))
+    assert count(rf"\bselp\.{kind}\b", text) + count(rf"\bm(?:ax|in)\.{kind}\b", text) == selected
+    compared = re.findall(rf"\bsetp\.\w+\.{kind}\s+(%p\d+),", text)
+    branches = [name for name in compared if re.search(rf"@!?{name} bra\b", text)]
+    assert len(branches) == 1  # whether there is L2
+    sass, _ = machine_code(update_kernel(dtype, on), cc)
+    assert opcodes(r"FSEL|[FD]MNMX", sass) >= selected * dtype.itemsize // 4
+
+
+def updates_of(dtype, on):
+    """Return how many updates there are in all, each with one root, and how many with L2."""
+    kind, text = f"f{8 * dtype.itemsize}", ptx(update_kernel(dtype, on), HOPPER)
+    updates = count(rf"sqrt\.rn\.{kind}", text)
+    return updates, arithmetic("fma", kind, text) - updates * (4 + ("average" in on))
 
 
 def wide_accesses(dtype, on):
@@ -266,14 +293,13 @@ def test_accesses_of_16_bytes(dtype, on, cc):
     loads, stores = wide_accesses(dtype, on)
     assert opcodes(r"LDG\.E(?:\.\w+)*\.128(?:\.\w+)*", sass) == loads
     assert opcodes(r"STG\.E(?:\.\w+)*\.128(?:\.\w+)*", sass) == stores
-    fours = 16 // dtype.itemsize
-    # The second loop's 5 updates; 4 elements in the first loop are 1 or 2 accesses.
-    elements = 5 * loads * fours // 4
-    written = 5 * stores * fours // 4
+    # The second loop's updates; 4 elements in the first loop are 1 or 2 accesses.
+    single, four = updates_of(dtype, on)[0] - BRANCHES * 4, BRANCHES * dtype.itemsize // 4
+    elements, written = single * loads // four, single * stores // four
     # A skipped step's gradients are set to 0 by a loop of its own.
     written += "zero_grad" in on
     assert opcodes(r"STG[\w.]*", sass) == stores + written
-    # Of the tables: 3 of the chunk, its place; 5 and 1 or 2 addresses; 10 or 11 scalars twice.
+    # Of the tables: 3 of the chunk, its place; 5 and 1 or 2 addresses; 11 or 12 scalars twice.
     tables = opcodes(r"LDG[\w.]*", sass) - loads - elements
     assert 0 < tables <= 45
 
@@ -308,15 +334,17 @@ def test_settle_has_the_formula_s_arithmetic(name, limited, cc):
     text = ptx(KERNELS[name], cc)
     powers = 2  # of beta1, beta2: each has 2 fma in the product, 2 in the square
     assert arithmetic("fma", "f64", text) == 4 * powers + 1  # and the decoupled decay
-    # Two products in the product, one in the square; the factor with the coefficient; the norm.
-    assert count(r"\bmul\.rn\.f64", text) == 3 * powers + 1 + limited
-    # The first gradients that is not finite: in its own type.
-    assert count(r"\bmul\.f64", text) == count(r"\bmul\.f32", text) == limited
+    # Two products in the product, one in the square; the factor with the coefficient; the norm;
+    # 4 of `ldexp`.
+    assert count(r"\bmul\.rn\.f64", text) == 3 * powers + 1 + limited + 4
+    # The first gradient that is not finite: in its own type. One of `frexp`, 3 by its power of 2.
+    assert count(r"\bmul\.f64", text) == 4 + limited
+    assert count(r"\bmul\.f32", text) == limited
     # A root of the second bias correction, one of the norm.
     assert count(r"sqrt\.rn\.f64", text) == 1 + limited
     assert arithmetic("fma", "f32", text) == 0
     # Scalars are written as float64, or rounded once to float32; the largest, and its factor.
-    assert count(r"cvt\.rn\.f32\.f64", text) == 11 + 2 * limited
+    assert count(r"cvt\.rn\.f32\.f64", text) == 12 + 2 * limited
 
 
 @CAPABILITIES
@@ -350,6 +378,6 @@ def test_counts_of_this_file_can_be_other_than_they_are():
     counts = [
         arithmetic("fma", "f32", ptx(update_kernel(F4, on), HOPPER)) for on in ((), ("average",))
     ]
-    assert [b - a for a, b in pairwise(counts)] == [UPDATES * BRANCHES]
+    assert [b - a for a, b in pairwise(counts)] == [updates_of(F4, ())[0]]
     assert opcodes("FFMA", machine_code(update_kernel(F4, ()), HOPPER)[0]) > counts[0]
     assert os.environ.get("NUMBA_ENABLE_CUDASIM", "0") in ("", "0")

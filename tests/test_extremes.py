@@ -101,7 +101,8 @@ def test_float32_gradients_from_1e_30_to_1e30(eps, pattern):
         frozen |= ref.exp_avg_sq > np.finfo(np.float32).max
         np.testing.assert_array_equal(np.isinf(v), frozen)
         error = np.abs(v[~frozen] - ref.exp_avg_sq[~frozen])
-        assert np.all(error <= 1e-6 * ref.exp_avg_sq[~frozen] + (step + 1) * 2.0**-149)
+        # In each step one of the two may be 0, where the other is just above 2**-126.
+        assert np.all(error <= 1e-6 * ref.exp_avg_sq[~frozen] + (step + 1) * 2.0**-126)
         with np.errstate(all="ignore"):
             moved = change(m, v, step + 1, 0.01, betas, eps)
             wanted = (before - moved).astype(np.float32)
@@ -112,30 +113,27 @@ def test_float32_gradients_from_1e_30_to_1e30(eps, pattern):
         assert param[frozen].tobytes() == before[frozen].tobytes()
         assert finite.all() == (eps > 0.0)
     if pattern != "sizes":
-        assert not v[GRADS <= 1e-22].any()
+        assert not v[GRADS <= 4.8e-19].any()
+        assert v[GRADS >= 4.9e-19].all()
         assert frozen[GRADS > 2e19].all()
         assert not frozen[GRADS < 1.8e19].any()
 
 
 @pytest.mark.parametrize(
-    ("dtype", "zero", "normal", "inf", "in_the_end"),
-    [
-        ("f4", 1.18e-22, 4.85e-19, 8.25e19, 1.844e19),
-        ("f8", 7.03e-162, 6.67e-154, 5.99e154, 1.34e154),
-    ],
+    ("dtype", "normal", "inf", "in_the_end"),
+    [("f4", 4.85e-19, 8.25e19, 1.844e19), ("f8", 6.67e-154, 5.99e154, 1.34e154)],
 )
 @pytest.mark.parametrize("beta", [0.0, 0.95, 0.999])
-def test_where_squares_leave_the_range(dtype, zero, normal, inf, in_the_end, beta):
+def test_where_squares_leave_the_range(dtype, normal, inf, in_the_end, beta):
     """The limits that the page gives, for betas[1] of 0.95, to a hundredth."""
     scale = math.sqrt(0.05 / (1 - beta))
-    limits = [x * scale for x in (zero, normal, inf)]
-    opt = fastadam.Adam(np.zeros(6, dtype), betas=(0.9, beta))
+    limits = [x * scale for x in (normal, inf)]
+    opt = fastadam.Adam(np.zeros(4, dtype), betas=(0.9, beta))
     opt.step(np.array([x * y for x in limits for y in (0.99, 1.01)], dtype))
     v, tiny = opt.state[0]["exp_avg_sq"], np.finfo(dtype).tiny
-    assert v[0] == 0.0 < v[1]
-    assert v[2] < tiny <= v[3]
-    assert np.isfinite(v[4])
-    assert np.isinf(v[5])
+    assert v[0] == 0.0 < tiny <= v[1]
+    assert np.isfinite(v[2])
+    assert np.isinf(v[3])
     opt = fastadam.Adam(np.zeros(2, dtype), betas=(0.9, beta))
     for _ in range(5000):
         opt.step(np.array([0.99 * in_the_end, 1.01 * in_the_end], dtype))
@@ -251,38 +249,21 @@ def test_the_smallest_eps(dtype, least):
         assert fastadam.Adam(param, eps=math.nextafter(least / 2, 1.0)).step(param * 0).step == 0
 
 
-# Subnormal numbers.
+# Denormal numbers: in moments and gradients, `test_denormals.py`.
 
 
 @pytest.mark.parametrize("name", WAYS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_subnormals_are_not_flushed(dtype, name):
-    """In gradients, moments and parameters; by whole registers and one by one."""
+def test_denormal_parameters_stay(dtype, name):
+    """By whole registers and one by one; an average of them, too."""
     least = np.finfo(dtype).smallest_subnormal
     count = np.arange(-20, 21, dtype=dtype) * 2
     with way(name):
-        # A gradient, by way of its moment, into the parameter.
-        param = np.zeros(41, dtype)
-        opt = fastadam.Adam(param, lr=1.0, betas=(0.0, 0.0), eps=float(least))
-        opt.step(count * least)
-        assert opt.state[0]["exp_avg"].tobytes() == (count * least).tobytes()
-        np.testing.assert_array_equal(param, -count)
-        # A parameter.
         param = count * least
-        opt = fastadam.AdamW(param, lr=0.5, weight_decay=1.0)
+        opt = fastadam.AdamW(param, lr=0.5, weight_decay=1.0, ema_decay=0.5)
         opt.step(np.zeros(41, dtype))
         assert param.tobytes() == (count / 2 * least).tobytes()
-        # Moments.
-        param = np.zeros(41, dtype)
-        opt = fastadam.Adam(param, betas=(0.5, 0.5), eps=0.0)
-        load(opt, 1, exp_avg=count * least, exp_avg_sq=4004 * least)
-        opt.step(np.zeros(41, dtype))
-    m, v = opt.state[0]["exp_avg"], opt.state[0]["exp_avg_sq"]
-    np.testing.assert_array_equal(m, count / 2 * least)
-    np.testing.assert_array_equal(v, np.full(41, 2002 * least))
-    wanted = -change(m, v, 2, 0.01, (0.5, 0.5), 0.0)
-    # A product of subnormals is one too, with its few digits.
-    np.testing.assert_allclose(param, wanted, rtol=1e-6, atol=0.51 * float(least) / v[0] ** 0.5)
+        np.testing.assert_array_equal(opt.ema_params, count * least * 0.75)
 
 
 # Betas, and step counts.
@@ -501,7 +482,7 @@ def test_a_bad_parameter(rng, options, spoils, bad):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_learning_rate_of_0(rng, dtype):
-    """Parameters keep their bits, moments move."""
+    """Parameters keep their bits, but for the sign of 0; moments move."""
     start = (10.0 ** rng.uniform(-20, 20, 241)).astype(dtype)
     param, twin = start.copy(), start.copy()
     opt, other = fastadam.Adam(param, lr=0.0), fastadam.Adam(twin)
@@ -511,6 +492,15 @@ def test_a_learning_rate_of_0(rng, dtype):
         other.step(grad)
     assert param.tobytes() == start.tobytes() != twin.tobytes()
     assert bits(opt, param)[1:] == bits(other, twin)[1:]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_learning_rate_of_0_and_negative_zeros(dtype):
+    """-0.0 becomes 0.0 where exp_avg is negative, since -0.0 + 0.0 is 0.0."""
+    param = np.full(3, -0.0, dtype)
+    opt = fastadam.Adam(param, lr=0.0)
+    opt.step(np.array([1.0, -1.0, 0.0], dtype))
+    assert param.tobytes() == np.array([-0.0, 0.0, -0.0], dtype).tobytes()
 
 
 @pytest.mark.parametrize(("dtype", "largest"), [("f4", 126), ("f8", 1022)])
