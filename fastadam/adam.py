@@ -86,6 +86,10 @@ class Adam:
 
     Notes
     -----
+    Moments below the smallest normal number of their dtype, 1.2e-38 in float32,
+    are set to 0: processors are slow with such numbers, and an average of zeros
+    would stay one of them for good.
+
     An attribute that the class does not have cannot be set:
     ``opt.learning_rate = 1`` raises AttributeError and names ``lr``. A class
     of your own that derives from this one may have attributes of any name, as

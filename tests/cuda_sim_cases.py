@@ -406,6 +406,40 @@ def test_extreme_gradients_beside_others(values):
     twins.check()
 
 
+# Of moments, gradients and parameters: denormal numbers, the smallest normal ones, those whose
+# squares are denormal.
+SIZES = {
+    "f4": [0.0, 1e-45, 1e-42, 1.1e-38, 1.3e-38, 1e-36, 1e-33, 1e-21, 4e-19, 6e-19, 1e-8, 1.0],
+    "f8": [0.0, 5e-324, 1e-320, 2.2e-308, 3e-308, 1e-305, 1e-170, 5e-154, 1e-153, 1e-8, 1.0],
+}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"lr": 1e-3, "maximize": True}, {**FULL, "weight_decay": 1e-5}, {"max_grad_norm": 1e-6}],
+    ids=lambda options: "+".join(options),
+)
+@DTYPES
+def test_denormal_numbers(rng, dtype, options):
+    """What the CPU's kernels take for 0 is 0 here."""
+    sizes = np.array(SIZES[dtype] * 8, dtype)
+    signs = rng.choice(np.array([-1, 1], dtype), sizes.size)
+    twins = Twins(rng.permutation(sizes), **options)
+    state = twins.cpu.state_dict()
+    for name, values in state["state"][0].items():
+        if name != "step":
+            values[...] = rng.permutation(sizes) * (signs if name == "exp_avg" else 1)
+    for opt in (twins.cpu, twins.cuda):
+        opt.load_state_dict(state)
+    for scale in (1.0, 2.0**20, 2.0**-20):
+        twins.step(rng.permutation(sizes) * signs, grad_scale=scale)
+    twins.check()
+    tiny = np.finfo(dtype).tiny
+    for name in ("exp_avg", "exp_avg_sq"):
+        values = np.abs(twins.cuda.state_dict()["state"][0][name])
+        assert not ((values > 0) & (values < tiny)).any()
+
+
 @pytest.mark.parametrize("nonfinite", ["propagate", "raise"])
 @pytest.mark.parametrize("scale", [0.6, 0.4, 3e-38, 8e37])
 def test_gradients_that_the_scale_takes_out_of_range(nonfinite, scale):

@@ -63,6 +63,16 @@ def test_every_option_is_timed(benchmarks):
         assert bench.opt.step_count == count + 1
 
 
+def test_steps_with_denormal_numbers(benchmarks):
+    step = benchmarks("step")
+    for numbers in step.NUMBERS:
+        bench = step.Denormal()
+        bench.setup(numbers, 300)
+        bench.time_step(numbers, 300)
+        assert bench.opt.step_count == 3
+        assert bench.opt.state[0]["exp_avg_sq"].any() == (numbers == "usual")
+
+
 def test_tail_and_roofline(benchmarks):
     bench = benchmarks("tail").Tail()
     for _ in range(2):

@@ -92,7 +92,7 @@ class Options:
     param_names = ("option", "workload")
     params = (list(OPTIONS), ["micro", "mlp", "many"])
     # A gradient that has been set to 0 lets the averages decay: in 100 steps by 3e-5 and 6e-3,
-    # in the thousands that a sample could hold, to subnormal numbers, which are slow.
+    # in the thousands that a sample could hold, to denormal numbers, which are slow.
     number = 100
     timeout = 300
 
@@ -117,3 +117,34 @@ class Options:
     def time_step(self, *_):
         self.turn = 1 - self.turn
         self.opt.step(self.sets[self.turn], **self.given)
+
+
+# Gradients, and moments as if loaded. A step makes the moments 0 that would be denormal.
+NUMBERS = {
+    "usual": (1.0, {}),
+    "exp_avg 1e-42": (0.0, {"exp_avg": 1e-42}),
+    "moments 1e-42": (0.0, {"exp_avg": 1e-42, "exp_avg_sq": 1e-42}),
+    "gradients 1e-20": (1e-20, {}),  # whose squares are denormal: slow
+}
+
+
+class Denormal(_Step):
+    """Steps with numbers that are denormal; with moments that are, no slower than usual."""
+
+    param_names = ("numbers", "size")
+    params = (list(NUMBERS), [30_000, 1_000_000])
+
+    def setup(self, numbers, size):
+        scale, moments = NUMBERS[numbers]
+        param = np.random.default_rng(0).uniform(0.1, 1.0, size).astype("float32")
+        self.grad = param * np.float32(scale)
+        self.opt = fastadam.Adam(param)
+        state = self.opt.state_dict()
+        for name, value in moments.items():
+            state["state"][0][name][...] = value
+        self.opt.load_state_dict(state)
+        for _ in range(2):
+            self.time_step()
+
+    def time_step(self, *_):
+        self.opt.step(self.grad)
