@@ -914,7 +914,7 @@ def test_gradient_order():
 
 def test_device_gradient_for_a_numpy_parameter():
     opt = fastadam.Adam([np.ones(3)])
-    with pytest.raises(TypeError, match=r"^grads\[0\] must be a numpy.ndarray, got device_arrays"):
+    with pytest.raises(TypeError, match=r"^grads\[0\] must be a .*, got device_arrays"):
         opt.step([InterfaceArray(np.ones(3))])
     assert opt.step_count == 0
 

@@ -48,8 +48,10 @@ def have_torch_load_arrays() -> None:
         return
     rebuild: Any = np.zeros(0).__reduce__()[0]
     dtypes = [type(np.dtype(name)) for name in ("float32", "float64")]
-    if hasattr(torch.serialization, "add_safe_globals"):  # of torch 2.4; older ones need none
-        torch.serialization.add_safe_globals([rebuild, np.ndarray, np.dtype, *dtypes])
+    # Of torch 2.4; older ones need none.
+    add: Any = getattr(getattr(torch, "serialization", None), "add_safe_globals", None)
+    if add is not None:
+        add([rebuild, np.ndarray, np.dtype, *dtypes])
 
 
 have_torch_load_arrays()
