@@ -109,7 +109,7 @@ FADING_MODES = (
 )
 
 
-def fading_trajectory(dtype, mode, pieces=1, size=1_001):
+def fading_trajectory(dtype, mode, pieces=1, size=301):
     """Return the bytes of all that an optimizer holds once units died, or have tiny gradients."""
     raw = np.random.Generator(np.random.PCG64(13)).integers(-(2**20), 2**20, (2, size))
     param, grad = (raw / 2**20).astype(dtype)

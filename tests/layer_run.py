@@ -487,7 +487,12 @@ def is_silent(frame):
 
     Numba reports its kernels, Python a generator that is closed.
     """
-    kernels = (_cpu.update_serial, _cpu.update_parallel, _cpu.sum_serial, _cpu.sum_parallel)
+    kernels = (
+        _cpu.update_serial,
+        _cpu.update_parallel,
+        _cpu.measure_serial,
+        _cpu.measure_parallel,
+    )
     names = {kernel.__name__ for kernel in (*kernels, _cpu.look_at)}
     return frame.f_code.co_name in names or frame.f_code.co_flags & inspect.CO_GENERATOR
 

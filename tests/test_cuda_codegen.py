@@ -206,7 +206,7 @@ def test_machine_code_needs_no_memory_of_its_own(name, cc):
 @CAPABILITIES
 @pytest.mark.parametrize(
     ("dtype", "on", "most"),
-    [(F4, (), 64), (F4, OPTIONS, 96), (F8, (), 128), (F8, OPTIONS, 144)],
+    [(F4, (), 64), (F4, OPTIONS, 96), (F8, (), 128), (F8, OPTIONS, 136)],
     ids=["f4 plain", "f4 full", "f8 plain", "f8 full"],
 )
 def test_registers(dtype, on, most, cc):
