@@ -396,6 +396,12 @@ def test_what_else_runs(tmp_path):
     assert others.cpus is None
 
 
+def test_a_small_step_needs_one_thread():
+    assert worker.threads_needed(65_535, [2, None]) == 1
+    assert worker.threads_needed(65_536, [2, None]) == 2
+    assert worker.threads_needed(10**6, [None, None]) == 1
+
+
 # The child process
 
 
@@ -629,7 +635,8 @@ def test_noisy_in_table_json_and_picture(made_up, optional, monkeypatch, tmp_pat
     assert "7.50" not in words
     # Of fastadam, only what was measured beside the others counts.
     assert (words.count("2.00"), words.count("1.00")) == (1, 1)
-    assert "noisy (" in shown(made_up, 250)
+    assert ("noisy (5.50 - 7.50)" in shown(made_up, 250)) == (noise == "quartiles")
+    assert "7.50 - 7.50" not in shown(made_up, 250)
 
     found = report.to_dict(made_up, {}, SHAPES)
     marked = [one["contender"] for one in found["results"] if one["noisy"]]

@@ -164,6 +164,8 @@ def test_bench(printed, found, optional, monkeypatch, width, tmp_path):
     text = check(printed, width, *arguments)
     assert "DeepSpeed" in text
     assert "noisy" in text.split()
+    assert "because their rounds differ by more than 25%" in " ".join(text.split())
+    assert "because other" not in " ".join(text.split())
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -174,11 +176,16 @@ def test_bench_load(printed, optional, monkeypatch, width):
         made.load[row] = 0.1
         for name in under_load.CONTENDERS:
             made.threads[name] = 2
-            made.times[row, name] = [[row.size * 10, row.size * 30], [row.size, row.size]]
+            slices = [[row.size * 10, row.size * 30], [row.size, row.size]]
+            # So that every ratio is noisy.
+            made.times[row, name] = slices if name == "fastadam" else slices[::-1]
     made.missing.append(session.Missing("torch-fused", None, "OSError: " + "a reason " * 20))
     monkeypatch.setattr(under_load, "measure", lambda *_, **__: made)
     text = check(printed, width, "bench", "--load", 2)
     assert text.split().count("all") == 4 * (1 + (width == 60)) or width > 60
+    # Each ratio with its mark, and no table without a heading.
+    assert text.count(" noisy\n") == 4 * (len(under_load.SIZES) + 1)
+    assert not any(line.endswith(" ") for line in text.splitlines() if "mean" in line)
 
 
 def test_no_terminal_no_breaks(capsys, monkeypatch):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["show", "to_dict"]
 
-# Of what the spinning processes should get; with less, they did not run all the time.
+# Of what the busy processes should get; with less, they did not run all the time.
 LEAST_SHARE = 0.5
 
 
@@ -41,10 +41,10 @@ def to_dict(found: UnderLoad, settings: Mapping[str, Any]) -> dict[str, Any]:
         ``threads``, ``layer``
             By contender (int or None); fastadam's threading layer.
         ``load_cpus``, ``expected_load_cpus``
-            The least that the spinning processes got during a row, and what
+            The least that the busy processes got during a row, and what
             would be their fair share (float: CPUs).
         ``other_cpus``
-            What processes of others got meanwhile (float or None).
+            What other processes got meanwhile (float or None).
         ``results``
             A list of dicts: ``elements`` (int), ``work_seconds`` (float:
             other work between two steps), ``clipped`` (bool), ``contender``
@@ -133,7 +133,7 @@ def show(report: Mapping[str, Any]) -> None:
     say(
         console,
         f"\nMicroseconds of a step ({report['settings']['dtype']}) beside "
-        f"{number or 'no'} spinning process{'' if number == 1 else 'es'}; then the mean of "
+        f"{under_load.busy_processes(number)}; then the mean of "
         "fastadam over the mean of fastadam in one thread, and its standard error.\n",
     )
     for total in report["geometric_means"]:
@@ -168,11 +168,12 @@ def _columns(
     plus_minus = "+-" if ascii_only else "\N{PLUS-MINUS SIGN}"
     texts = [
         f"{format_ratio(one['ratio'])} {plus_minus} {format_ratio(one['standard_error'])}"
+        + (" noisy" if one["noisy"] else "")
         for one in (*ratios, total)
     ]
-    marks = ["noisy" if one["noisy"] else "" for one in (*ratios, total)]
-    columns.append(column(("", "ratio"), texts))
-    return [*columns, column(("", ""), marks)] if any(marks) else columns
+    # All as long as the longest, so that numbers stand below one another.
+    length = max(map(len, texts))
+    return [*columns, column(("", "ratio"), [f"{text:<{length}}" for text in texts])]
 
 
 def _show_conditions(console: Any, report: Mapping[str, Any]) -> None:
@@ -183,15 +184,17 @@ def _show_conditions(console: Any, report: Mapping[str, Any]) -> None:
     texts += [f"torch {threads['torch-fused']}"] if "torch-fused" in threads else []
     say(console, f"Threads of a large step: {', '.join(texts)}")
     say(console, ", ".join(f"{name} {version}" for name, version in report["versions"].items()))
+    noisy = any(one["noisy"] for one in (*report["ratios"], *report["geometric_means"]))
     fewest = min(one["steps"] for one in report["results"])
     say(
         console,
         f"Means and medians of {fewest} steps or more, in short turns beside the same processes; "
-        "all: the geometric mean of the ratios; noisy: its standard error is more than a tenth.",
+        "all: the geometric mean of the ratios"
+        + ("; noisy: the standard error is more than a tenth of the ratio." if noisy else "."),
     )
     got, expected = report["load_cpus"], report["expected_load_cpus"]
     if expected:
-        say(console, f"The spinning processes kept {got:.2f} CPUs busy, or more.")
+        say(console, f"The busy processes kept {got:.2f} CPUs busy, or more.")
     if got < LEAST_SHARE * expected:
         say(
             console,
@@ -201,7 +204,7 @@ def _show_conditions(console: Any, report: Mapping[str, Any]) -> None:
     if report["other_cpus"] and report["other_cpus"] > BUSY:
         say(
             console,
-            f"Warning: processes of others kept {report['other_cpus']:.1f} CPUs busy besides.",
+            f"Warning: other processes kept {report['other_cpus']:.1f} CPUs busy besides.",
         )
     for one in report["not_measured"]:
         title = peers.by_name(one["contender"]).title

@@ -259,7 +259,8 @@ def _cell(one: Measured | None, as_share: bool, quartiles: bool) -> tuple[str, s
         style = "green" if ratio.q1 > 1.02 else "red" if ratio.q3 < 0.98 else ""
     if one.noisy:
         text, style = "noisy", "dim"
-    return f"{text} ({texts})" if quartiles else text, style
+    # Beside busy CPUs the quartiles may lie close together, and mean nothing.
+    return f"{text} ({texts})" if quartiles and not one.crowded else text, style
 
 
 def print_columns(console: Console, columns: Sequence[Column], rows: int) -> None:
@@ -275,6 +276,7 @@ def print_columns(console: Console, columns: Sequence[Column], rows: int) -> Non
         How many there are.
     """
     from rich import box
+    from rich.segment import Segment, Segments
     from rich.table import Table
     from rich.text import Text
 
@@ -285,7 +287,12 @@ def print_columns(console: Console, columns: Sequence[Column], rows: int) -> Non
         table.add_column(head, justify="right" if place else "left", no_wrap=True)
     for row in range(rows):
         table.add_row(*(Text(*column.cells[row]) for column in columns))
-    console.print(table)
+    # rich fills all lines up to the same length.
+    lines = Segment.split_lines(console.render(table))
+    for line in lines:
+        while line and not line[-1].text.strip():
+            line.pop()
+        console.print(Segments([*line, Segment.line()]), end="")
     console.print()
 
 
@@ -319,13 +326,18 @@ def show_conditions(console: Console, report: Mapping[str, Any]) -> None:
         f"{report['settings']['dtype']}; medians of {rounds} rounds, in which the two of a pair"
         " take turns in a process of their own; fastadam's own time is of the same rounds.",
     )
-    noisy = sum(result["noisy"] for result in report["results"])
-    if noisy:
+    crowded = sum(result["crowded"] for result in report["results"])
+    apart = sum(result["noisy"] and not result["crowded"] for result in report["results"])
+    reasons = [
+        (apart, f"their rounds differ by more than {measure.NOISY - 1:.0%}"),
+        (crowded, "other processes used CPUs that the step needs"),
+    ]
+    if apart or crowded:
+        text = "; ".join(f"{number} because {reason}" for number, reason in reasons if number)
         say(
             console,
-            f"noisy: {noisy} of {len(report['results'])} ratios say too little to be shown, as "
-            f"their quartiles are more than {measure.NOISY - 1:.0%} apart, or other processes "
-            "kept CPUs busy that a step needs.",
+            f"noisy: {apart + crowded} of {len(report['results'])} ratios are too uncertain to "
+            f"show: {text}.",
         )
     busy = [cpus for cpus in report["other_cpus"].values() if cpus and cpus > BUSY]
     if busy and "device" in report:

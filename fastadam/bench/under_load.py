@@ -34,6 +34,7 @@ __all__ = [
     "Ratio",
     "Row",
     "UnderLoad",
+    "busy_processes",
     "expected_cpus",
     "geometric_mean",
     "measure",
@@ -194,6 +195,28 @@ def geometric_mean(ratios: Sequence[Ratio]) -> Ratio:
     value = statistics.geometric_mean(one.value for one in ratios)
     relative = math.hypot(*(one.error / one.value for one in ratios)) / len(ratios)
     return Ratio(value, value * relative)
+
+
+def busy_processes(number: int) -> str:
+    """Say how many processes keep the machine busy.
+
+    Parameters
+    ----------
+    number : int
+        At least 0.
+
+    Returns
+    -------
+    str
+        As it goes on after "beside".
+
+    Examples
+    --------
+    >>> from fastadam.bench.under_load import busy_processes
+    >>> busy_processes(1), busy_processes(0)
+    ('1 busy process', 'no busy process')
+    """
+    return f"{number or 'no'} busy process{'es' if number > 1 else ''}"
 
 
 def rows(sizes: Sequence[int] = SIZES) -> list[Row]:

@@ -191,13 +191,23 @@ def _compare(
             on_round=lambda done, rounds: emit("round", workload=name, done=done, rounds=rounds),
         )
     # On a device, threads of others do not take part in a step.
-    needed = 0 if on_cuda else max(contender.threads() or 1 for contender in both)
+    needed = 0 if on_cuda else threads_needed(count(shapes), [c.threads() for c in both])
     crowded = others.cpus is not None and crowds(others.cpus, needed)
     host: dict[str, Any] = {}
     if on_cuda and not refill:
         keys = ("host_seconds", "other_host_seconds")
         host = dict(zip(keys, host_costs(*both, rounds=HOST_ROUNDS), strict=True))
     emit("result", workload=name, crowded=crowded, **found._asdict(), **host)
+
+
+def threads_needed(elements: int, threads: Sequence[int | None]) -> int:
+    """Return on how many threads steps run, where large ones run on so many.
+
+    Smaller ones take one, in fastadam; the libraries beside it have limits of that order.
+    """
+    from fastadam._cpu import SERIAL_BELOW  # not sooner: it imports Numba
+
+    return 1 if elements < SERIAL_BELOW else max(number or 1 for number in threads)
 
 
 def describe(error: BaseException) -> str:

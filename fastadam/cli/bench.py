@@ -60,7 +60,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="where the arrays are (default: %(default)s); on cuda, the tail is measured as well "
         "unless --tail, --workload or --sizes says what to measure",
     )
-    add("--quick", action="store_true", help="small workloads and few rounds: about a minute")
+    add("--quick", action="store_true", help="small workloads and few rounds: some minutes")
     add(
         "--tail",
         action="store_true",
@@ -97,8 +97,9 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--load",
         type=whole_number(0),
         metavar="N",
-        help="measure beside N busy processes: the mean of a step in several threads, in one, and "
-        "of torch's fused Adam if it is installed; goes with --sizes, --peer, --dtype and --json",
+        help="measure beside N busy processes, or none with 0: the mean of a step in several "
+        "threads, in one, and of torch's fused Adam if it is installed; goes with --sizes, "
+        "--peer, --dtype and --json",
     )
     add(
         "--dtype",

@@ -43,9 +43,11 @@ def run(args: argparse.Namespace, json_file: Any) -> int:
 
     tables = args.json is None or json_file is not None
     if tables:
+        from fastadam.bench import under_load
+
         say(
-            "Measuring steps beside busy processes: about two minutes. Use the machine for "
-            "nothing else meanwhile."
+            f"Measuring steps beside {under_load.busy_processes(args.load)}: about half a minute "
+            "for each size. Use the machine for nothing else meanwhile."
         )
     try:
         found = _measure(args)
@@ -76,10 +78,10 @@ def _check(args: argparse.Namespace) -> None:
     }
     for option, value in given.items():
         if value:
-            raise CommandError(f"--load must not be given with {option}, got {args.load}")
+            raise CommandError(f"--load must not be given with {option}")
     others = [name for name in args.peer or () if name not in ("torch-fused", "none")]
     if others:
-        raise CommandError(f"--load must not be given with --peer {others[0]}, got {args.load}")
+        raise CommandError(f"--load must not be given with --peer {others[0]}")
 
 
 def _measure(args: argparse.Namespace) -> UnderLoad:
