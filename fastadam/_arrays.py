@@ -7,9 +7,10 @@ import numpy as np
 import numpy.typing as npt
 from numpy.ma import MaskedArray  # of NumPy itself imported when it is asked for
 
+_TORCH = "; give fastadam.interop.torch.CPUParams(model.named_parameters()).arrays"
 # What to do with a parameter of another library.
 _HINTS = {
-    "torch": "; tensor.detach().numpy() is an array over the memory of a CPU tensor",
+    "torch": _TORCH,
     "jax": "; JAX arrays cannot be updated in place",
     "jaxlib": "; JAX arrays cannot be updated in place",
 }
@@ -57,15 +58,14 @@ def take_grad(
         order; if it is read-only and must be ``writable``.
     """
     array = _as_array(grad, label)
-    check_alike(array, param, label)
-    _check_layout(array, label)
+    check_alike(array, param, label, on_host=True)
+    _check_layout(array, label, param)
     same_order = array.flags.c_contiguous if param.flags.c_contiguous else array.flags.f_contiguous
     if not same_order:
         order = "C" if param.flags.c_contiguous else "Fortran"
         raise ValueError(
             f"{label} must be laid out in {order} order, as its parameter is, got strides"
-            f" {array.strides} for shape {array.shape}; numpy.asarray(grad,"
-            f" order={order[0]!r}) makes such a copy"
+            f" {array.strides} for shape {array.shape}{_copy_like(param)}"
         )
     if writable and (isinstance(grad, np.generic) or not array.flags.writeable):
         kind = "a NumPy scalar" if isinstance(grad, np.generic) else "a read-only array"
@@ -75,8 +75,7 @@ def take_grad(
 
 def _as_array(grad: Any, label: str) -> npt.NDArray[Any]:
     """Return a gradient's memory as a plain array, without a copy."""
-    kind = type(grad)
-    name = f"{kind.__module__}.{kind.__qualname__}"
+    kind, name = type(grad), kind_of(grad)
     if isinstance(grad, np.ndarray) and not isinstance(grad, MaskedArray):
         plain: npt.NDArray[Any] = grad.view(np.ndarray)  # whatever a subclass says of itself
         return plain
@@ -91,16 +90,17 @@ def _as_array(grad: Any, label: str) -> npt.NDArray[Any]:
             f"{label} must be readable as a NumPy array without a copy, got {name}: {error}"
         ) from error
     raise TypeError(
-        f"{label} must be a numpy.ndarray, or another library's array in the host's memory, got"
-        f" {name}"
+        f"{label} must be a numpy.ndarray, or another library's array on the CPU, got {name}"
     )
 
 
-def check_alike(grad: Any, param: Any, label: str) -> None:
+def check_alike(grad: Any, param: Any, label: str, on_host: bool = False) -> None:
     """Refuse a gradient that is not of its parameter's dtype and shape, wherever they live."""
     if grad.dtype != param.dtype:
+        cast = f"; numpy.asarray(grad, numpy.{param.dtype.name}) makes such a copy"
         raise TypeError(
             f"{label}.dtype must be its parameter's, {param.dtype!r}, got {grad.dtype!r}"
+            + (cast if on_host else "")
         )
     if grad.shape != param.shape:
         raise ValueError(f"{label}.shape must be its parameter's, {param.shape}, got {grad.shape}")
@@ -108,22 +108,47 @@ def check_alike(grad: Any, param: Any, label: str) -> None:
 
 def _check_kind(array: Any, label: str) -> None:
     if not isinstance(array, np.ndarray) or isinstance(array, MaskedArray):
-        kind = f"{type(array).__module__}.{type(array).__qualname__}"
-        hint = _HINTS.get(kind.partition(".")[0], "")
-        raise TypeError(f"{label} must be a numpy.ndarray, got {kind}{hint}")
+        raise TypeError(f"{label} must be a numpy.ndarray, got {kind_of(array)}{hint(array)}")
 
 
-def _check_layout(array: npt.NDArray[Any], label: str) -> None:
+def kind_of(thing: Any) -> str:
+    """Return what a thing is, in a message."""
+    kind = type(thing)
+    module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+    return f"{module}{kind.__qualname__}"
+
+
+def hint(thing: Any) -> str:
+    """Return the end of a message: what to give in the place of what is no parameter."""
+    if isinstance(thing, tuple) and len(thing) == 2 and isinstance(thing[0], str):
+        return hint(thing[1]) or "; give pairs of name and array as a dict"
+    if hasattr(type(thing), "named_parameters"):
+        return _TORCH
+    kind = kind_of(thing)
+    if kind == "fastadam.interop.torch.CPUParams":
+        return "; give its .arrays"
+    return _HINTS.get(kind.partition(".")[0], "")
+
+
+def _check_layout(
+    array: npt.NDArray[Any], label: str, like: npt.NDArray[Any] | None = None
+) -> None:
     if not (array.flags.c_contiguous or array.flags.f_contiguous):
         raise ValueError(
             f"{label} must be contiguous, in C or Fortran order, got strides"
-            f" {array.strides} for shape {array.shape}"
+            f" {array.strides} for shape {array.shape}{'' if like is None else _copy_like(like)}"
         )
     if not array.flags.aligned:
         raise ValueError(
             f"{label} must be aligned to its {array.itemsize}-byte elements, got an array at"
             f" an address that is not a multiple of it"
         )
+
+
+def _copy_like(param: npt.NDArray[Any]) -> str:
+    """Return the end of a message: what makes a gradient lie as its parameter does."""
+    make = "ascontiguousarray" if param.flags.c_contiguous else "asfortranarray"
+    return f"; numpy.{make}(grad) makes such a copy"
 
 
 def _kind_of_memory(array: npt.NDArray[Any]) -> str:

@@ -5,6 +5,7 @@ from itertools import repeat
 from operator import is_not, itemgetter
 from typing import Any
 
+from ._arrays import hint
 from ._backend import is_array
 
 
@@ -84,7 +85,17 @@ def check_given(grads: Any, label: str) -> None:
         If it is None.
     """
     if grads is None:
-        raise ValueError(f"{label} must be given in the shape of params, got None; {_NO_GRADIENT}")
+        raise ValueError(
+            f"{label} must have a gradient for each parameter, in the container that params is,"
+            f" got None; {_NO_GRADIENT}"
+        )
+
+
+def grads_hint(grads: Any) -> str:
+    """Return the end of a message: what to give in the place of what are no gradients."""
+    if callable(getattr(type(grads), "grads", None)):
+        return "; give what its .grads() returns"
+    return "; give what it returns" if callable(grads) else ""
 
 
 class Container:
@@ -114,7 +125,7 @@ class Container:
         else:
             raise TypeError(
                 f"{label} must be an array, a sequence or a mapping of arrays, got"
-                f" {type(params).__qualname__}"
+                f" {type(params).__qualname__}{hint(params)}"
             )
 
     def labels(self, label: str) -> list[str]:
@@ -165,7 +176,7 @@ class Container:
             if not isinstance(grads, Mapping):
                 raise TypeError(
                     f"{label} must be a mapping by name, as params is, got"
-                    f" {type(grads).__qualname__}"
+                    f" {type(grads).__qualname__}{grads_hint(grads)}"
                 )
             if grads.keys() == set(self.names):
                 return tuple(grads[name] for name in self.names)
@@ -183,7 +194,8 @@ class Container:
         refused = (Mapping, str, bytes, set)
         if is_array(grads) or isinstance(grads, refused) or not isinstance(grads, Iterable):
             raise TypeError(
-                f"{label} must be a sequence, as params is, got {type(grads).__qualname__}"
+                f"{label} must be a sequence, as params is, got"
+                f" {type(grads).__qualname__}{grads_hint(grads)}"
             )
         flat = tuple(grads)
         if len(flat) != len(self.arrays):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from . import _backend, _options
-from ._containers import Container, FixedSequence, check_given
+from ._containers import Container, FixedSequence, check_given, grads_hint
 from ._names import suggestion
 from ._state import ParamState, by_group
 
@@ -228,7 +228,8 @@ class Groups:
             or not isinstance(grads, Iterable)
         ):
             raise TypeError(
-                f"grads must be a sequence with one entry a group, got {type(grads).__qualname__}"
+                f"grads must be a sequence with one entry a group, got"
+                f" {type(grads).__qualname__}{grads_hint(grads)}"
             )
         entries = list(grads)
         if len(entries) != len(self.containers):

@@ -24,7 +24,7 @@ def unaligned(dtype):
 
 
 BAD_ARRAYS = {
-    "list": ([1.0, 2.0], TypeError, "must be a numpy.ndarray, got builtins.list"),
+    "list": ([1.0, 2.0], TypeError, "must be a numpy.ndarray, got list"),
     "integers": (np.zeros(3, np.int64), TypeError, "must be float32 or float64 .* got .*int64"),
     "half": (np.zeros(3, np.float16), TypeError, "must be float32 or float64 .* got .*float16"),
     "complex": (np.zeros(3, complex), TypeError, "must be float32 or float64 .* got .*complex128"),
@@ -176,7 +176,11 @@ P = np.ones((3, 4))
 BAD_GRADS = {
     "count": ([P], ValueError, "grads must have 2 entries .* got 1"),
     "too many": ([P, P, P], ValueError, "grads must have 2 entries .* got 3"),
-    "none": (None, ValueError, "grads must be given in the shape of params, got None; has the"),
+    "none": (
+        None,
+        ValueError,
+        "grads must have a gradient for each parameter, .* got None; has the",
+    ),
     "mapping": ({"a": P}, TypeError, "grads must be a sequence, as params is, got dict"),
     "array": (
         np.ones((2, 3, 4)),
@@ -195,12 +199,12 @@ BAD_GRADS = {
     "scalar": (
         [1.0, None],
         TypeError,
-        r"grads\[0\] must be a numpy.ndarray, .* got builtins.float",
+        r"grads\[0\] must be a numpy.ndarray, .* got float",
     ),
     "list": (
         [[1.0] * 4] * 2,
         TypeError,
-        r"grads\[0\] must be a numpy.ndarray, .* got builtins.list",
+        r"grads\[0\] must be a numpy.ndarray, .* got list",
     ),
     "fortran": (
         [None, np.asfortranarray(P)],
@@ -236,6 +240,22 @@ def test_bad_grads_change_nothing(pair, case):
         opt.step(grads)
     assert picture() == before
     opt.step([np.ones((3, 4)), np.ones((3, 4))])
+
+
+def test_what_makes_a_gradient_that_fits():
+    wide, f = np.ones((3, 8)), np.asfortranarray(np.ones((3, 4)))
+    for param, grad, remedy in [
+        (np.ones((3, 4), "f4"), np.ones((3, 4)), "numpy.asarray(grad, numpy.float32)"),
+        (np.ones((3, 4)), wide[:, ::2], "numpy.ascontiguousarray(grad)"),
+        (np.ones((3, 4)), f, "numpy.ascontiguousarray(grad)"),
+        (f.copy("F"), wide[:, ::2], "numpy.asfortranarray(grad)"),
+        (f.copy("F"), np.ones((3, 4)), "numpy.asfortranarray(grad)"),
+    ]:
+        opt = fastadam.Adam(param)
+        with pytest.raises((TypeError, ValueError)) as caught:
+            opt.step(grad)
+        assert str(caught.value).endswith(f"; {remedy} makes such a copy")
+        opt.step(eval(remedy, {"numpy": np, "grad": grad}))
 
 
 def test_grads_that_share_memory(pair):
@@ -612,7 +632,9 @@ def test_hyperparameters_that_are_missing_or_no_numbers(pair):
 
 def test_arrays_of_other_libraries_are_refused_with_a_hint(optional):
     torch = optional("torch")
-    with pytest.raises(TypeError, match=r"got torch.Tensor; tensor.detach\(\).numpy\(\) is"):
+    with pytest.raises(
+        TypeError, match=r"got torch.Tensor; give fastadam.interop.torch.CPUParams\(model"
+    ):
         fastadam.Adam([torch.zeros(3)])
     tensor = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     fastadam.Adam([tensor.detach().numpy()], lr=0.5).step([np.ones(3)])

@@ -32,15 +32,15 @@ CONTAINERS = {
 }
 ALL_NONE = [
     ("array", None, "got None for the one parameter"),
-    ("list", None, "grads must be given in the shape of params, got None"),
+    ("list", None, "grads must have a gradient for each parameter, .* got None"),
     ("list", [None, None], "got None for all 2 parameters"),
     ("list", iter([None, None]), "got None for all 2 parameters"),
-    ("dict", None, "grads must be given in the shape of params, got None"),
+    ("dict", None, "grads must have a gradient for each parameter, .* got None"),
     ("dict", {"b": None, "a": None}, "got None for all 2 parameters"),
-    ("groups", None, "grads must be given in the shape of params, got None"),
+    ("groups", None, "grads must have a gradient for each parameter, .* got None"),
     ("groups", [None, [None]], "got None for all 2 parameters"),
-    ("groups", [None, None], r"grads\[1\] must be given in the shape of params, got None"),
-    ("a group", [None], r"grads\[0\] must be given in the shape of params, got None"),
+    ("groups", [None, None], r"grads\[1\] must have a gradient for each parameter, .* got None"),
+    ("a group", [None], r"grads\[0\] must have a gradient for each parameter, .* got None"),
     ("a group", [[None, None]], "got None for all 2 parameters"),
 ]
 

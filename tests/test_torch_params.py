@@ -93,6 +93,62 @@ def test_on_another_device(torch):
         CPUParams({"w": param})
 
 
+def test_what_has_no_names(torch):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    for given, got in [
+        (model, "Sequential"),
+        (model[0], "Linear"),
+        (model.parameters(), "a Parameter in it"),
+        (torch.ones(2), "a Tensor in it"),
+        (3, "int"),
+    ]:
+        with pytest.raises(TypeError) as caught:
+            CPUParams(given)
+        assert str(caught.value) == (
+            f"named_parameters must be pairs of name and tensor, got {got};"
+            " give model.named_parameters()"
+        )
+
+
+class OwnModel:
+    """As a user's, whose class is in no module of torch."""
+
+    def named_parameters(self):
+        raise AssertionError
+
+
+@pytest.mark.parametrize(
+    "give",
+    [
+        lambda model: model,
+        lambda model: model[0],
+        lambda model: model.parameters(),
+        lambda model: model.named_parameters(),
+        lambda model: model[0].weight,
+        lambda model: OwnModel(),  # noqa: ARG005
+    ],
+    ids=["sequential", "linear", "parameters", "named", "tensor", "own"],
+)
+def test_a_model_in_the_place_of_arrays(torch, give):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    hint = "; give fastadam.interop.torch.CPUParams(model.named_parameters()).arrays"
+    with pytest.raises(TypeError, match=f"{re.escape(hint)}$"):
+        fastadam.Adam(give(model))
+
+
+def test_the_wrong_part_of_cpu_params(torch):
+    params = CPUParams(torch.nn.Linear(3, 2).named_parameters())
+    with pytest.raises(TypeError, match=r"got CPUParams; give its \.arrays$"):
+        fastadam.Adam(params)
+    for container in (params.arrays, list(params.arrays.values()), [{"params": params.arrays}]):
+        opt = fastadam.Adam(container)
+        with pytest.raises(TypeError, match=r"got CPUParams; give what its .grads\(\) returns$"):
+            opt.step(params)
+        with pytest.raises(TypeError, match=r"got method; give what it returns$"):
+            opt.step(params.grads)
+        assert opt.step_count == 0
+
+
 def test_torch_loads_a_state_dict(torch):
     """With weights_only=True, its default."""
     params = {"w": np.ones((2, 3), "f4", "F"), "b": np.ones(3), "0-d": np.ones(())}

@@ -77,6 +77,8 @@ class CPUParams:
 
     Raises
     ------
+    TypeError
+        If there are no names, as of ``module.parameters()``.
     ValueError
         If a parameter is not on the CPU. (`Adam` takes CUDA tensors as they
         are.)
@@ -94,7 +96,12 @@ class CPUParams:
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, Any]] | Mapping[str, Any]) -> None:
-        self._tensors = dict(named_parameters)
+        given: Any = named_parameters
+        pairs = list(given.items() if isinstance(given, Mapping) else _entries(given))
+        for pair in pairs:
+            if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
+                raise TypeError(_NAMED.format(f"a {type(pair).__qualname__} in it"))
+        self._tensors = dict(pairs)
         for name, tensor in self._tensors.items():
             if tensor.device.type != "cpu":
                 raise ValueError(f"{name!r} must be on the CPU, got one on {tensor.device}")
@@ -126,6 +133,16 @@ class CPUParams:
             grad = tensor.grad
             grads[name] = None if grad is None else grad.numpy()
         return grads
+
+
+_NAMED = "named_parameters must be pairs of name and tensor, got {}; give model.named_parameters()"
+
+
+def _entries(given: Any) -> Iterable[Any]:
+    # A module may be iterable, too.
+    if hasattr(given, "named_parameters") or not isinstance(given, Iterable):
+        raise TypeError(_NAMED.format(type(given).__qualname__))
+    return given
 
 
 def to_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
