@@ -168,6 +168,18 @@ def test_bench(printed, found, optional, monkeypatch, width, tmp_path):
     assert "because other" not in " ".join(text.split())
 
 
+def test_bench_in_a_pipe(found, optional, monkeypatch, capsys):
+    optional("rich")
+    monkeypatch.setattr("fastadam.cli.bench.measure", lambda *_, **__: found)
+    monkeypatch.setenv("COLUMNS", "60")
+    assert cli.main(["bench", "--workload", "micro", "--sizes", "1000"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for begin in ("Measuring the time of", "float32; medians of 7 rounds", "Warning: other"):
+        (line,) = (line for line in lines if line.startswith(begin))
+        assert len(line) > 120
+    assert max(len(line) for line in lines if line.startswith(("micro ", "1,000 "))) <= 60
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_bench_load(printed, optional, monkeypatch, width):
     optional("rich")

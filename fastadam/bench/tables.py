@@ -114,7 +114,7 @@ def _three_digits(number: float) -> str:
 
 
 def say(console: Console, text: str) -> None:
-    """Print text in lines of whole words, of which one may be longer than the console.
+    """Print text, on a terminal in lines of whole words, of which one may be longer.
 
     Parameters
     ----------
@@ -124,7 +124,8 @@ def say(console: Console, text: str) -> None:
         One or more lines.
     """
     # rich would either cut a word that is longer, or break no line at all.
-    console.print(wrapped(text, console.width), no_wrap=True, overflow="ignore", crop=False)
+    width = console.width if console.is_terminal else None
+    console.print(wrapped(text, width), no_wrap=True, overflow="ignore", crop=False)
 
 
 def show(

@@ -279,8 +279,8 @@ def columns(stream: TextIO) -> int | None:
     Returns
     -------
     int or None
-        What COLUMNS or the terminal says; None for a file or a pipe, where
-        lines are as long as they are.
+        On a terminal, what COLUMNS says, or the terminal itself; None for a
+        file or a pipe, whatever COLUMNS says: lines are not broken there.
     """
     return shutil.get_terminal_size().columns if stream.isatty() else None
 
