@@ -73,16 +73,25 @@ def take_grad(
     return array
 
 
+class _Interface:
+    """What an object says of its memory, and no other way to make an array of it: those copy."""
+
+    def __init__(self, owner: Any) -> None:
+        self.owner, self.__array_interface__ = owner, owner.__array_interface__
+
+
 def _as_array(grad: Any, label: str) -> npt.NDArray[Any]:
     """Return a gradient's memory as a plain array, without a copy."""
     kind, name = type(grad), kind_of(grad)
     if isinstance(grad, np.ndarray) and not isinstance(grad, MaskedArray):
         plain: npt.NDArray[Any] = grad.view(np.ndarray)  # whatever a subclass says of itself
         return plain
+    if isinstance(grad, np.generic):
+        return np.asarray(grad)
     try:
         if not isinstance(grad, MaskedArray):
             if hasattr(kind, "__array_interface__"):
-                return np.asarray(grad)
+                return np.asarray(_Interface(grad))
             if hasattr(kind, "__dlpack__") and grad.__dlpack_device__()[0] == _HOST:
                 return np.from_dlpack(grad)
     except Exception as error:  # whatever another library raises

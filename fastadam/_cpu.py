@@ -58,6 +58,7 @@ from ._tables import (
     THREADS,
     UPDATE_CHOICE,
     WORK,
+    WORTH_SEVERAL,
 )
 
 # Starting the threads costs some 2 to 3 microseconds, what one thread needs for
@@ -226,7 +227,9 @@ def share_out(fields: Any, tensors: Any, choice: Any) -> Any:
         if tensors[t, DTYPE] == fields[OWN_DTYPE] and tensors[t, GRAD] != 0:
             fields[WORK] += tensors[t, SIZE]
     workers = min(thread_count(), fields[THREADS])
-    if workers > 1 and not _several(*_accounts(fields, choice)):
+    # Of few elements, the others having no gradient, nothing can be learnt.
+    few = fields[WORK] < fields[WORTH_SEVERAL]
+    if workers > 1 and (few or not _several(*_accounts(fields, choice))):
         workers = 1
     cursors = table(fields[CURSORS], workers, CURSOR_BYTES // 8, _INT64)
     for w in range(workers):
@@ -237,7 +240,7 @@ def share_out(fields: Any, tensors: Any, choice: Any) -> Any:
 @_jit.inline
 def note_time(fields: Any, choice: Any, workers: Any, started: Any) -> None:
     """Take into account how long the pass took, from a time of `clock` on."""
-    if min(thread_count(), fields[THREADS]) > 1:
+    if min(thread_count(), fields[THREADS]) > 1 and fields[WORK] >= fields[WORTH_SEVERAL]:
         state, account = _accounts(fields, choice)
         cursors = table(fields[CURSORS], workers, CURSOR_BYTES // 8, _INT64)
         ended = clock()

@@ -315,7 +315,11 @@ def _call(builder: Any, name: str, *arguments: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def sum_squares(typing_context: Any, address: Any, size: Any, scale: Any, like: Any) -> Any:
-    """Sum ``(scale*x)**2`` over ``size`` numbers of the type of ``like``, in float64."""
+    """Sum ``(scale*x)**2`` over ``size`` numbers of the type of ``like``, in float64.
+
+    Without squares that would be denormal, and slow: beside a sum that is not to be made
+    again with another scale they are nothing.
+    """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         narrow, wide = context.get_value_type(like), ir.DoubleType()
@@ -325,6 +329,14 @@ def sum_squares(typing_context: Any, address: Any, size: Any, scale: Any, like: 
             if narrow != wide:
                 value = builder.fpext(value, total.type)
             value = builder.fmul(value, args[2] if total.type == wide else scales)
+            if narrow == wide:
+                one = total.type == wide
+                small, zero = (
+                    wide(x) if one else ir.Constant(total.type, [x] * LANES)
+                    for x in (2.0**-511, 0.0)
+                )
+                is_small = builder.fcmp_ordered("<", _call(builder, "fabs", value), small)
+                value = builder.select(is_small, zero, value)
             return _call(builder, "fma", value, value, total)
 
         return _over_lanes(builder, args[0], args[1], narrow, wide(0.0), include, builder.fadd)

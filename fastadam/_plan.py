@@ -18,10 +18,8 @@ from ._result import StepResult
 from ._scalars import Scalars
 from ._state import ParamState, all_arrays
 from ._tables import (
-    BYTES,
     CHUNK_TENSOR,
     DTYPE_MARK,
-    FOUND,
     GRAD,
     GROUP_COUNT,
     GROUPS,
@@ -217,13 +215,17 @@ class Plan:
                 )
             if grads[k] is not None:
                 taken[k] = take_grad(grads[k], state.param, self._labels[k], writable)
-            row[FOUND] = address(taken[k])
-        if not (self._reads and _cpu.look_kernel(self._context, 0, writable)):
-            found = self._tensors[:, FOUND]
-            sizes = np.where(found == 0, 0, self._tensors[:, BYTES])
-            self._memory.check_apart(self._labels, found, sizes)
-            self._tensors[:, GRAD] = found
-        return tuple(taken)
+        plain = tuple(taken)
+        # All over again: what other libraries ran meanwhile may have moved what was looked at.
+        if self._reads and _cpu.look_kernel(self._context, id(plain), writable):
+            return plain
+        found = np.array([address(grad) for grad in plain], dtype=np.int64)
+        sizes = [0 if grad is None else grad.nbytes for grad in plain]
+        self._memory.check_apart(self._labels, found, np.array(sizes, dtype=np.int64))
+        if self._reads:
+            raise RuntimeError("params and grads must not change while a step looks at them")
+        self._tensors[:, GRAD] = found
+        return plain
 
     def update(self, zero_grad: bool) -> int:
         """Take the step with the gradients that were taken last; return its number, from 0."""

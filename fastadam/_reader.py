@@ -122,7 +122,7 @@ def look(context: Any, grads: Any, writable: Any) -> Any:
         Address of a `Context`.
     grads : int
         ``id()`` of a tuple with an array or None for every parameter, which
-        the caller keeps alive; 0 if FOUND says where they lie.
+        the caller keeps alive.
     writable : bool
         Whether the gradients must be writable.
 
@@ -132,14 +132,13 @@ def look(context: Any, grads: Any, writable: Any) -> Any:
         If false, some object is no plain array, does not pair with its
         parameter, or shares memory, or a parameter is not what it was. Then
         the column GRAD is as it was. The table ODD has the places of those that
-        are to be looked at in Python, ODD_COUNT their number; FOUND, for the others,
-        where they lie.
+        are to be looked at in Python, ODD_COUNT their number.
     """
     fields = table(context, 1, CONTEXT_SIZE, _INT64)[0]
     tensors = table(fields[TENSORS], fields[TENSOR_COUNT], TENSOR_COLUMNS, _INT64)
     odd = table(fields[ODD], 1, tensors.shape[0], _INT64)[0]
-    count, changed = 0, grads == 0
-    for t in range(tensors.shape[0] if grads != 0 else 0):
+    count, changed = 0, False
+    for t in range(tensors.shape[0]):
         row = tensors[t]
         param, grad, start = row[OBJECT], peek(grads + _ITEMS + 8 * t, _INT64), 0
         usual = peek(param + _DATA, _INT64) == row[PARAM] and fits(param, row, True)

@@ -59,8 +59,9 @@ START, END = range(2)
     UPDATE_CHOICE,
     SUM_CHOICE,
     ACCOUNT,
-) = range(22)
-CONTEXT_SIZE = 22
+    WORTH_SEVERAL,
+) = range(23)
+CONTEXT_SIZE = 23
 
 # A row to a thread, in a cache line of its own: its next chunk, and when it was done.
 CURSOR_BYTES = 64
@@ -152,6 +153,7 @@ class Context:
         self.choices = [_thread_choice.new_state() for _ in range(2)]
         self.fields[[UPDATE_CHOICE, SUM_CHOICE]] = [address(each) for each in self.choices]
         self.fields[ACCOUNT] = address(_thread_choice.account)
+        self.fields[WORTH_SEVERAL] = serial_below
         self.address = address(self.fields)
         # The same without a tensor or a chunk, to call a kernel on, even during a step: what
         # the kernel writes to is not the same.

@@ -169,3 +169,13 @@ class TestKernels:
         finally:
             numba.set_num_threads(before)
         assert own_account[0] == 0.0
+
+    def test_few_elements_with_gradients_are_no_measure(self, own_account, options):
+        """Their time is that of a call, not of elements."""
+        params = [np.ones(_cpu.SERIAL_BELOW), np.ones(8)]
+        opt = fastadam.Adam(params, **options)
+        for _ in range(10):
+            opt.step([None, np.ones(8)])
+        (context,) = opt._plan.contexts
+        assert own_account[0] == 0.0
+        assert all(state[_thread_choice.SERIAL] == 0.0 for state in context.choices)

@@ -180,6 +180,35 @@ class TestRefused:
     def test_what_does_not_fit(self, grad, error, message):
         self.refuse(grad, error, message)
 
+    def test_what_would_be_copied(self):
+        """An object that can be made an array of, but says nothing of its memory."""
+
+        class Copied:
+            @property
+            def __array_interface__(self):
+                raise AttributeError("no memory")
+
+            def __array__(self, dtype=None, copy=None):
+                return np.ones(3, np.float32)
+
+        self.refuse(Copied(), TypeError, r"^grads\[0\] must be readable .* without a copy, got .*")
+
+    def test_what_moves_another_gradient_while_it_is_read(self):
+        grads = []
+
+        class Moving:
+            @property
+            def __array_interface__(self):
+                grads[1].resize(10, refcheck=False)
+                self.kept = np.ones(3)
+                return self.kept.__array_interface__
+
+        grads[:] = Moving(), np.ones(1000)
+        opt = fastadam.Adam([np.zeros(3), np.zeros(1000)])
+        with pytest.raises(RuntimeError, match="must not change while a step looks at them"):
+            opt.step(grads)
+        assert opt.step_count == 0
+
     def test_what_cannot_be_read(self):
         class Broken:
             @property
