@@ -85,7 +85,7 @@ class Fit:
         return {key: found[key] for key in own if key in found}
 
     def _note(self, keys: Iterable[Any], text: str) -> None:
-        names = ", ".join(map(repr, keys))
+        names = ", ".join(map(_called, keys))
         if names:
             self.wrong.append(text.format(names))
 
@@ -156,6 +156,11 @@ def checked_key(key: Any) -> Key:
     if isinstance(key, bool) or not isinstance(key, int | str):
         raise TypeError(f"a parameter's name must be str, or int for a place, got {key!r:.60}")
     return key
+
+
+def _called(key: Any) -> str:
+    """Return what a parameter is called in a message: its name, or its place."""
+    return f"parameter {key}" if isinstance(key, int) else repr(key)
 
 
 def _renamed(key: Key, rename: Rename) -> Key | None:

@@ -251,4 +251,9 @@ class Groups:
 def describe(options: Mapping[str, Any], params: Sequence[Any]) -> str:
     """Return one line on a group, for a repr."""
     chosen = ", ".join(f"{name}={options.get(name)!r}" for name in _options.NAMES)
-    return f"{len(params)} parameters, {chosen}"
+    return f"{counted(len(params))}, {chosen}"
+
+
+def counted(number: int) -> str:
+    """Return how many parameters there are, for a repr."""
+    return f"{number} parameter{'' if number == 1 else 's'}"

@@ -38,6 +38,9 @@ _MEANT = {
     "scheduler": "schedule",
 }
 
+# Of an optimizer's attributes, those that are fixed when it is made.
+_FIXED = ("params", "amsgrad", "ema_decay")
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -81,16 +84,44 @@ def check_keywords(like: Callable[..., Any] | None = None) -> Callable[[_F], _F]
     return decorate
 
 
+class Absent:
+    """An attribute that there is not, with what to do in its place.
+
+    A class's ``__getattr__`` would make all its other attributes slower to find.
+    """
+
+    def __init__(self, hint: str) -> None:
+        self._hint = hint
+
+    def __set_name__(self, _: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, opt: Any, kind: type) -> Any:
+        raise AttributeError(
+            f"{kind.__name__} has no attribute {self._name!r}; {self._hint}", name=self._name
+        )
+
+
 def check_attribute(kind: type, name: str) -> None:
-    """Refuse to set an attribute that is not in a class, unless that expects it.
+    """Refuse to set an attribute that is not in a class, or cannot be set.
 
     Raises
     ------
     AttributeError
         With the name that was probably meant.
     """
+    found = getattr(kind, name, None)
+    if isinstance(found, property) and found.fset is None:
+        hint = "; give it to the constructor" if name in _FIXED else ""
+        raise AttributeError(f"{kind.__name__}.{name} cannot be set{hint}")
+    if found is not None:
+        return
     if name.startswith("_") or name in kind.__annotations__:
         return
+    if name in _FIXED:
+        raise AttributeError(
+            f"{kind.__name__} has no attribute {name!r} to set; give it to the constructor"
+        )
     public = [known for known in dir(kind) if not known.startswith("_")]
     meant = _meant(name, [*public, *NAMES])
     hint = "" if meant is None else f"; did you mean {meant!r}?"

@@ -10,8 +10,8 @@ import numpy as np
 
 from . import _options
 from ._containers import FixedSequence, check_any_given, check_same
-from ._groups import Groups, describe
-from ._names import check_attribute, check_keywords
+from ._groups import Groups, counted, describe
+from ._names import Absent, check_attribute, check_keywords
 from ._result import StepResult
 from ._state import LoadedState, export_state, import_state
 from ._threads import Unchanged, each_alone, in_one_go, register
@@ -128,9 +128,11 @@ class Adam:
     if not TYPE_CHECKING:  # mypy would take it that every name can be set
 
         def __setattr__(self, name: str, value: Any) -> None:
-            if not hasattr(type(self), name) and type(self) in (Adam, AdamW):
+            if type(self) in (Adam, AdamW):
                 check_attribute(type(self), name)
             super().__setattr__(name, value)
+
+        zero_grad = Absent("use opt.step(grads, zero_grad=True)")
 
     @check_keywords()
     def __init__(
@@ -609,7 +611,7 @@ class Adam:
         elements = sum(state.param.size for state in groups.states)
         dtypes = ", ".join(dtype.name for dtype in self._plan.dtypes) or "no dtype"
         head = (
-            f"{type(self).__name__}({len(groups.states)} parameters, {elements:,} elements of"
+            f"{type(self).__name__}({counted(len(groups.states))}, {elements:,} elements of"
             f" {dtypes}, step_count={self.step_count}, amsgrad={groups.amsgrad},"
             f" schedule={self._schedule!r}, max_grad_norm={self._max_grad_norm!r},"
             f" nonfinite={self._nonfinite!r}, ema_decay={groups.ema_decay!r})"

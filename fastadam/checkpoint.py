@@ -343,7 +343,10 @@ def _path(path: Any) -> Path:
     try:
         return Path(path)
     except TypeError:
-        raise TypeError(f"path must be str or os.PathLike, got {path!r:.60}") from None
+        swapped = isinstance(path, Adam | ObjectAdam)
+        hint = "; it comes first, then the optimizer" if swapped else ""
+        kind = type(path).__qualname__
+        raise TypeError(f"path must be str or os.PathLike, got {kind}{hint}") from None
 
 
 def _plain(value: Any, label: str = "extra") -> Any:

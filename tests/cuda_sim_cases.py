@@ -1088,7 +1088,7 @@ def test_a_stream_that_is_not_named(monkeypatch, waits):
 
 def test_repr():
     opt = fastadam.Adam(InterfaceArray(np.ones(3, "f4")))
-    assert repr(opt).startswith("Adam(1 parameters, 3 elements of float32, step_count=0, ")
+    assert repr(opt).startswith("Adam(1 parameter, 3 elements of float32, step_count=0, ")
 
 
 def test_told_as_json(result):

@@ -536,9 +536,17 @@ class TestParts:
         fastadam.load(path, opt, rename=["w", "b"].index)
         assert opt.state.keys() == {0, 1}
 
+    def test_the_path_comes_first(self, path):
+        opt = fastadam.Adam([np.ones(2)])
+        with pytest.raises(TypeError) as caught:
+            fastadam.save(opt, path)
+        assert str(caught.value) == (
+            "path must be str or os.PathLike, got Adam; it comes first, then the optimizer"
+        )
+
     def test_a_place_and_its_digits_are_two(self, path):
         fastadam.save(path, fastadam.Adam([np.ones(2)]))
-        with pytest.raises(CheckpointError, match=r"the file has no '0'; the file has 0, which"):
+        with pytest.raises(CheckpointError, match=r"no '0'; the file has parameter 0, which"):
             fastadam.load(path, fastadam.Adam({"0": np.ones(2)}))
         both = fastadam.Adam([{"params": [np.ones(2)]}, {"params": {"0": np.ones(2)}}])
         with pytest.raises(ValueError, match="names must differ from the places of parameters"):

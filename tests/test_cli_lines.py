@@ -5,6 +5,8 @@ import doctest
 import io
 import json
 import re
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -139,6 +141,24 @@ def test_train(printed, optional, tmp_path, width):
     check(printed, width, "train", *picture, "--samples", 1)
 
 
+def test_what_the_first_step_says_is_not_cut_by_the_bar(optional, monkeypatch):
+    for package in ("autograd", "rich"):
+        optional(package)
+    from fastadam.cli import train
+
+    terminal, own = Terminal(), []
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+
+    def records():
+        for _ in range(2):
+            own.append(sys.stderr is terminal)  # and not rich's, which cuts lines
+            yield types.SimpleNamespace(smoothed_loss=1.0, lr=0.1)
+
+    assert len(list(train._progress(records(), 0, 2))) == 2
+    assert own == [True, False]
+
+
 @pytest.fixture
 def found():
     """Results of every contender, some of them noisy."""
@@ -240,3 +260,15 @@ def test_busy_is_shown(printed, monkeypatch):
     monkeypatch.setattr(probe, "busy_cpus", lambda: 1.75)
     assert "about 1.8 kept busy by other processes" in printed(120, "info")
     assert json.loads(printed(120, "info", "--json"))["machine"]["busy_cpus"] == 1.75
+    monkeypatch.setattr(probe, "busy_cpus", lambda: 0.01)
+    assert " none kept busy by other processes" in printed(120, "info")
+
+
+def test_info_of_one_thread_without_tbb(printed, monkeypatch):
+    facts = info.gather()
+    facts["threads"] |= {"count": 1, "seen": 1}
+    facts["threads"]["layers"]["tbb"]["available"] = False
+    monkeypatch.setattr(info, "gather", lambda: facts)
+    lines = [" ".join(line.split()) for line in printed(120, "info").splitlines()]
+    assert {"threads 1 (tested: 1 worked)", "layers tbb: not installed"} <= {*lines}
+    assert not any("elements on" in line for line in lines)

@@ -44,7 +44,7 @@ def test_what_it_prints(capsys):
     out, err = capsys.readouterr()
     assert err == ""  # no progress bar where nobody looks
     assert out.startswith("Training 4,192 parameters (float64) on 5,163 names")
-    assert "the very first run compiles the kernel" in out
+    assert ", one name per step.\n" in out
     assert "Mean loss: " in out
     assert "(a uniform guess: 3.296)" in out
     assert "s in all, " in out
@@ -245,7 +245,7 @@ def test_version_help_and_no_command(capsys):
     assert cli.main(["train", "--help"]) == 0
     assert "--names FILE" in capsys.readouterr().out
     assert cli.main([]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    assert capsys.readouterr().err.startswith("usage: fastadam [-h]")
 
 
 def test_as_a_program(tmp_path):

@@ -112,6 +112,32 @@ def test_attributes_that_there_are_not(cls, name, hint):
     assert opt.param_groups[0]["lr"] == 0.5
 
 
+@pytest.mark.parametrize("cls", [fastadam.Adam, AdamW, None], ids=["Adam", "AdamW", "objects"])
+@pytest.mark.parametrize("name", ["params", "amsgrad", "ema_decay", "step_count"])
+def test_attributes_that_cannot_be_set(cls, name):
+    opt = objects_of(cls)
+    kind = type(opt).__name__
+    absent, fixed = f"{kind} has no attribute {name!r} to set", f"{kind}.{name} cannot be set"
+    with pytest.raises(AttributeError) as caught:
+        setattr(opt, name, 1)
+    message, _, hint = str(caught.value).partition("; ")
+    assert message == (fixed if hasattr(type(opt), name) else absent)
+    assert hint == ("" if name == "step_count" else "give it to the constructor")
+    assert opt.step_count == 0
+
+
+@pytest.mark.parametrize("cls", [fastadam.Adam, AdamW, None], ids=["Adam", "AdamW", "objects"])
+def test_zero_grad_is_an_argument(cls):
+    opt = objects_of(cls)
+    instead = "use opt.step(grads, zero_grad=True)" if cls else "step() resets every .grad to 0"
+    with pytest.raises(AttributeError) as caught:
+        opt.zero_grad()
+    assert str(caught.value) == f"{type(opt).__name__} has no attribute 'zero_grad'; {instead}"
+    assert not hasattr(opt, "zero_grad")
+    with pytest.raises(AttributeError, match="has no attribute 'zero_grad' to set"):
+        opt.zero_grad = None
+
+
 @pytest.mark.parametrize("base", [fastadam.Adam, AdamW])
 def test_a_class_of_the_users_has_attributes_of_its_own(base):
     class Own(base):

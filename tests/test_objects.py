@@ -205,7 +205,7 @@ def test_delegated_attributes():
     other = fastadam.from_objects([Box(1.0, 1.0)], amsgrad=True)
     other.load_state_dict(opt.state_dict())
     assert other.step_count == 1
-    assert repr(opt).startswith("from_objects(Adam(1 parameters")
+    assert repr(opt).startswith("from_objects(Adam(1 parameter,")
 
 
 @pytest.mark.parametrize(

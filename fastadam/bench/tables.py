@@ -316,7 +316,7 @@ def show_conditions(console: Console, report: Mapping[str, Any]) -> None:
     for name, threads in report["threads"].items():
         if threads is not None:
             by_number.setdefault(threads, []).append(peers.by_name(name).title)
-    text = "; ".join(f"{number}: {', '.join(titles)}" for number, titles in by_number.items())
+    text = "; ".join(f"{number} ({', '.join(titles)})" for number, titles in by_number.items())
     if text:
         say(console, f"Threads of a large step: {text}")
     say(console, ", ".join(f"{name} {version}" for name, version in report["versions"].items()))

@@ -80,7 +80,7 @@ def _build_parser() -> _Parser:
 
     parser = _Parser(prog="fastadam", description="Adam on the arrays you own.")
     parser.add_argument("--version", action="version", version=f"fastadam {__version__}")
-    subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
+    subparsers = parser.add_subparsers(dest="command", metavar="command")
     for command in (train, bench, info, inspect):
         command.add_parser(subparsers)
     return parser
@@ -109,9 +109,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     prog = "fastadam"
     try:
         try:
-            args = _build_parser().parse_args(argv)
+            parser = _build_parser()
+            args = parser.parse_args(argv)
         except SystemExit as stop:  # --help, --version, or an error that argparse found
             return int(stop.code or 0)
+        if args.command is None:
+            parser.print_help(sys.stderr)
+            return 2
         prog = f"fastadam {args.command}"
         status: int = args.run(args)
         sys.stdout.flush()

@@ -259,11 +259,10 @@ def _announcement(chosen: Sequence[Peer], part: Part, dtype: str) -> str:
     others = [
         peer.title for peer in chosen if peer.package and peer.why_not(dtype, part.tail) is None
     ]
-    names = f" ({', '.join(others)})" if others else ""
+    beside = f"beside {counted(len(others), 'other optimizer')} ({', '.join(others)})"
     return (
         f"Measuring the time of {part.what} ({dtype}) on {counted(len(part.shapes), 'workload')}: "
-        f"fastadam beside {counted(len(others), 'other optimizer')}{names}. Use the machine for "
-        "nothing else meanwhile."
+        f"fastadam {beside if others else 'alone'}. Use the machine for nothing else meanwhile."
     )
 
 

@@ -168,11 +168,12 @@ def _warnings(facts: Mapping[str, Any], environ: Mapping[str, str]) -> list[str]
     busy = machine["busy_cpus"]
     if busy is not None and count > 1 and busy >= BUSY and busy + count > cpus + BUSY:
         free = max(1, min(count - 1, int(cpus - busy + BUSY)))
+        fewer = "one thread" if free == 1 else f"{free} threads"
         found.append(
             f"the machine is busy: other processes keep about {busy:.1f} of {cpus} CPUs, and a"
             f" step in {count} threads is held up where one of them must share its CPU. Steps time"
             " themselves and take one thread where that is faster, so it costs little;"
-            f" NUMBA_NUM_THREADS={free} makes fewer threads the rule"
+            f" to always use {fewer}, set NUMBA_NUM_THREADS={free}"
         )
     if threads["layer"] is not None and seen < count:
         why = f" (OMP_THREAD_LIMIT={limit})" if limit and threads["layer"] == "omp" else ""
@@ -225,6 +226,7 @@ def _render(facts: Mapping[str, Any], columns: int | None) -> str:
     )
     optional = ", ".join(f"{name} {version}" for name, version in versions["optional"].items())
     quota, busy = machine["cpu_quota"], machine["busy_cpus"]
+    kept_busy = None if busy is None else f"about {busy:.1f}" if busy >= 0.05 else "none"
     forced = _settings("NUMBA_CPU_NAME NUMBA_CPU_FEATURES NUMBA_ENABLE_AVX", os.environ)
     rows = [
         ("fastadam", versions["fastadam"]),
@@ -238,16 +240,19 @@ def _render(facts: Mapping[str, Any], columns: int | None) -> str:
         ("", f"for {simd['compiled_for'] or 'no processor'}{f' ({forced})' if forced else ''}"),
         ("CPUs", f"{machine['cpus']}, {machine['cpus_allowed']} allowed"),
         ("", "" if quota is None else f"the time of {quota:g} granted"),
-        ("", "" if busy is None else f"about {busy:.1f} kept busy by other processes"),
-        ("threads", f"{threads['count']} ({threads['seen']} took part in a launch)"),
-        ("", f"from {parallel_from:,} elements on; smaller steps stay on one"),
+        ("", f"{kept_busy} kept busy by other processes" if kept_busy else ""),
+        ("threads", f"{threads['count']} (tested: {threads['seen']} worked)"),
     ]
+    if threads["count"] > 1:
+        rows.append(("", f"from {parallel_from:,} elements on; smaller steps take one"))
     for name, layer in threads["layers"].items():
         state = "available" if layer["available"] else "not available"
         state = "in use" if name == threads["layer"] else state
         fork = "several threads" if layer["threads_after_fork"] else "one thread"
         text = f"{name}, {state}: a forked child steps in {fork}"
-        if not layer["concurrent_functions"]:
+        if not layer["available"]:
+            text = f"{name}: {'not installed' if name == 'tbb' else state}"
+        elif not layer["concurrent_functions"]:
             text += "; parallel functions of your own must not run beside a step"
         rows.append(("layers" if name == "tbb" else "", text))
     gpu = facts["gpu"]

@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from importlib import metadata
+from itertools import chain, islice
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
@@ -216,8 +217,7 @@ def _train(
     if first_step < num_steps:
         say(
             f"Training {sum(param.size for param in params.values()):,} parameters ({dtype}) "
-            f"on {counted(len(names), 'name')}, one name per step; the very first run compiles "
-            "the kernel."
+            f"on {counted(len(names), 'name')}, one name per step."
         )
     long = sum(len(name) > CONTEXT for name in names)
     if long:
@@ -317,11 +317,12 @@ def _progress(
         progress.TextColumn("{task.fields[status]}"),
         progress.TimeRemainingColumn(),
     )
+    records = iter(records)
+    # The first step before the bar: it may compile and say so, in a line that a bar would cut.
+    first = list(islice(records, 1))
     with progress.Progress(*parts, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(
-            "train", total=num_steps, completed=first_step, status="preparing the kernel"
-        )
-        for record in records:
+        task = bar.add_task("train", total=num_steps, completed=first_step, status="")
+        for record in chain(first, records):
             status = f"loss {record.smoothed_loss:.3f}  lr {record.lr:.1e}"
             bar.update(task, advance=1, status=status)
             yield record
@@ -361,7 +362,8 @@ def _show_losses(records: Sequence[StepRecord], seconds: float) -> None:
     times = [record.optimizer_seconds for record in records]
     say(
         f"Time: {seconds:.2f} s in all, {sum(times):.3f} s of it in the optimizer: "
-        f"{times[0]:.3f} s for the first step, median {median(times) * 1e6:.0f} microseconds."
+        f"{times[0]:.3f} s for the first step (compiles or loads code), median "
+        f"{median(times) * 1e6:.0f} microseconds."
     )
 
 

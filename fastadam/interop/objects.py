@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .._names import check_attribute, check_keywords
+from .._names import Absent, check_attribute, check_keywords
 from .._options import as_float, is_real
 from .._result import StepResult
 from .._threads import Unchanged, each_alone, register
@@ -54,9 +54,11 @@ class ObjectAdam:
     if not TYPE_CHECKING:  # as in `Adam`
 
         def __setattr__(self, name: str, value: Any) -> None:
-            if not hasattr(type(self), name) and type(self) is ObjectAdam:
+            if type(self) is ObjectAdam:
                 check_attribute(ObjectAdam, name)
             super().__setattr__(name, value)
+
+        zero_grad = Absent("step() resets every .grad to 0")
 
     def __init__(
         self,
