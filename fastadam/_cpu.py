@@ -20,7 +20,7 @@ from ._jit import (
     thread_count,
 )
 from ._tables import (
-    ACCOUNT,
+    BALANCE,
     CHUNK_COLUMNS,
     CHUNK_COUNT,
     CHUNK_OFFSET,
@@ -229,7 +229,7 @@ def share_out(fields: Any, tensors: Any, choice: Any) -> Any:
     workers = min(thread_count(), fields[THREADS])
     # Of few elements, the others having no gradient, nothing can be learnt.
     few = fields[WORK] < fields[WORTH_SEVERAL]
-    if workers > 1 and (few or not _several(*_accounts(fields, choice))):
+    if workers > 1 and (few or not _several(*_choice_state(fields, choice))):
         workers = 1
     cursors = table(fields[CURSORS], workers, CURSOR_BYTES // 8, _INT64)
     for w in range(workers):
@@ -239,15 +239,15 @@ def share_out(fields: Any, tensors: Any, choice: Any) -> Any:
 
 @_jit.inline
 def note_time(fields: Any, choice: Any, workers: Any, started: Any) -> None:
-    """Take into account how long the pass took, from a time of `clock` on."""
+    """Learn from how long the pass took, from a time of `clock` on."""
     if min(thread_count(), fields[THREADS]) > 1 and fields[WORK] >= fields[WORTH_SEVERAL]:
-        state, account = _accounts(fields, choice)
+        state, balance = _choice_state(fields, choice)
         cursors = table(fields[CURSORS], workers, CURSOR_BYTES // 8, _INT64)
         ended = clock()
         first = ended
         for w in range(workers):
             first = min(first, cursors[w, DONE])
-        _note(state, account, workers > 1, fields[WORK], ended - started, ended - first)
+        _note(state, balance, workers > 1, fields[WORK], ended - started, ended - first)
 
 
 @_jit.inline
@@ -257,9 +257,9 @@ def store_done(fields: Any, worker: Any) -> None:
 
 
 @_jit.inline
-def _accounts(fields: Any, choice: Any) -> Any:
+def _choice_state(fields: Any, choice: Any) -> Any:
     state = table(fields[choice], 1, _thread_choice.STATE_SIZE, _FLOAT64)[0]
-    return state, table(fields[ACCOUNT], 1, 1, _FLOAT64)[0]
+    return state, table(fields[BALANCE], 1, 1, _FLOAT64)[0]
 
 
 @_jit.inline

@@ -58,7 +58,7 @@ START, END = range(2)
     WORK,
     UPDATE_CHOICE,
     SUM_CHOICE,
-    ACCOUNT,
+    BALANCE,
     WORTH_SEVERAL,
 ) = range(23)
 CONTEXT_SIZE = 23
@@ -152,7 +152,7 @@ class Context:
         self.fields[STEP_COUNT], self.fields[THREADS] = address(step_count), threads
         self.choices = [_thread_choice.new_state() for _ in range(2)]
         self.fields[[UPDATE_CHOICE, SUM_CHOICE]] = [address(each) for each in self.choices]
-        self.fields[ACCOUNT] = address(_thread_choice.account)
+        self.fields[BALANCE] = address(_thread_choice.balance)
         self.fields[WORTH_SEVERAL] = serial_below
         self.address = address(self.fields)
         # The same without a tensor or a chunk, to call a kernel on, even during a step: what
@@ -161,9 +161,9 @@ class Context:
         self._other_cursors = np.zeros_like(self._cursors)
         self._nothing[CURSORS] = address(self._other_cursors)
         self._nothing[[TENSOR_COUNT, CHUNK_COUNT]] = 0
-        self._other_choice, self._other_account = _thread_choice.new_state(), np.zeros(1)
+        self._other_choice, self._other_balance = _thread_choice.new_state(), np.zeros(1)
         self._nothing[[UPDATE_CHOICE, SUM_CHOICE]] = address(self._other_choice)
-        self._nothing[ACCOUNT] = address(self._other_account)
+        self._nothing[BALANCE] = address(self._other_balance)
         self._uncounted = np.zeros(1, dtype=np.int64)
         self._nothing[STEP_COUNT] = address(self._uncounted)
         self.nothing = address(self._nothing)
