@@ -268,7 +268,10 @@ def test_info_of_one_thread_without_tbb(printed, monkeypatch):
     facts = info.gather()
     facts["threads"] |= {"count": 1, "seen": 1}
     facts["threads"]["layers"]["tbb"]["available"] = False
+    facts["versions"]["optional"].pop("tbb", None)
     monkeypatch.setattr(info, "gather", lambda: facts)
     lines = [" ".join(line.split()) for line in printed(120, "info").splitlines()]
     assert {"threads 1 (tested: 1 worked)", "layers tbb: not installed"} <= {*lines}
     assert not any("elements on" in line for line in lines)
+    facts["versions"]["optional"]["tbb"] = "2020.1"
+    assert "tbb: Numba cannot load it" in printed(120, "info")

@@ -251,7 +251,8 @@ def _render(facts: Mapping[str, Any], columns: int | None) -> str:
         fork = "several threads" if layer["threads_after_fork"] else "one thread"
         text = f"{name}, {state}: a forked child steps in {fork}"
         if not layer["available"]:
-            text = f"{name}: {'not installed' if name == 'tbb' else state}"
+            absent = name == "tbb" and "tbb" not in versions["optional"]
+            text = f"{name}: {'not installed' if absent else 'Numba cannot load it'}"
         elif not layer["concurrent_functions"]:
             text += "; parallel functions of your own must not run beside a step"
         rows.append(("layers" if name == "tbb" else "", text))
