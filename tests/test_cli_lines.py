@@ -196,7 +196,7 @@ def test_bench_in_a_pipe(found, optional, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     for begin in ("Measuring the time of", "float32; medians of 7 rounds", "Warning: other"):
         (line,) = (line for line in lines if line.startswith(begin))
-        assert len(line) > 120
+        assert len(line) > 100  # with no optimizer beside it, the first is 114 long
     assert max(len(line) for line in lines if line.startswith(("micro ", "1,000 "))) <= 60
 
 

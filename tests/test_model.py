@@ -780,7 +780,7 @@ class Calls(RuleBasedStateMachine):
         self.note("load partially")
         path, held, saved = self.files[k % len(self.files)]
         model = self.model
-        both = [key for key in saved.params if key in model.params]
+        both = [key for key in model.params if key in saved.params]
         forms = [(model.params[key].form(), saved.params[key].form() | {}) for key in both]
         for _, theirs in forms:
             if not held:

@@ -268,6 +268,8 @@ def test_ctrl_c_during_first_use(module):
     code = """
         import fastadam
 
+        # Which a shell's job in the background ignores.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         when_importing("MODULE", lambda: signal.raise_signal(signal.SIGINT))
         try:
             use(3)
