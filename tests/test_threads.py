@@ -166,6 +166,8 @@ def test_ctrl_c_while_numba_compiles(tmp_path):
         import numpy as np
         import fastadam
 
+        # Which a shell's job in the background ignores.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         params = [np.zeros(70_000), np.zeros(3, "f4")]
         grads = [np.ones_like(param) for param in params]
         opt = fastadam.Adam(params, max_grad_norm=1.0)
