@@ -1,6 +1,7 @@
 """Seeds, and the rule on optional packages: absent they skip a test, but not in CI."""
 
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -17,6 +18,11 @@ REQUIRE = os.environ.get("FASTADAM_TEST_REQUIRE") == "1"
 # All that takes long, and as many random draws as were promised: as in CI.
 FULL = os.environ.get("FASTADAM_TEST_FULL") == "1"
 missing = []
+
+# Python leaves Ctrl-C ignored where its parent ignored it, as a shell's background does,
+# and then so do the processes that the tests start. Tests send Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config, items):
