@@ -126,7 +126,7 @@ class DeviceCopy(OnDevice):
         """Allocate two buffers."""
         from fastadam.bench.tables import TAIL_TRAFFIC, TRAFFIC
 
-        self.device = device = import_module("fastadam._device")
+        self.device = device = import_module("fastadam.cuda.launch")
         self.library = cuda_library.NumbaLibrary()
         self.params = []
         self.keep([], [])

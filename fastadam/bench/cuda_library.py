@@ -113,7 +113,7 @@ class NumbaLibrary:
     name = "numba"
 
     def __init__(self) -> None:
-        self.device = import_module("fastadam._device")
+        self.device = import_module("fastadam.cuda.launch")
 
     def upload(self, array: NDArray[Any]) -> Any:
         """Return a copy on the device."""
@@ -125,7 +125,7 @@ class NumbaLibrary:
 
     def copy_all(self, targets: Sequence[Any], sources: Sequence[Any]) -> None:
         """Copy each source to its target, on the device."""
-        view = import_module("fastadam._cuda_arrays").view
+        view = import_module("fastadam.cuda.arrays").view
         for pair in zip(targets, sources, strict=True):
             to, source = (view(array, "array", writable=False) for array in pair)
             self.device.copy(to.address, source.address, to.nbytes, 0)
@@ -144,7 +144,7 @@ def choose() -> TorchLibrary | CupyLibrary | NumbaLibrary:
     TorchLibrary, CupyLibrary or NumbaLibrary
         In this order, since torch is what fastadam is compared with most.
     """
-    if not import_module("fastadam._device").SIMULATED:
+    if not import_module("fastadam.cuda.launch").SIMULATED:
         for make in (TorchLibrary, CupyLibrary):
             try:
                 return make()
@@ -155,7 +155,7 @@ def choose() -> TorchLibrary | CupyLibrary | NumbaLibrary:
 
 def synchronize() -> None:
     """Wait until the device has done all its work, whoever started it."""
-    import_module("fastadam._device").synchronize_all()
+    import_module("fastadam.cuda.launch").synchronize_all()
 
 
 def free_memory() -> float:
@@ -166,7 +166,7 @@ def free_memory() -> float:
     float
         Infinity in Numba's CUDA simulator.
     """
-    context = import_module("fastadam._device").cuda.current_context()
+    context = import_module("fastadam.cuda.launch").cuda.current_context()
     return float(context.get_memory_info()[0])
 
 
@@ -178,7 +178,7 @@ def release() -> None:
         if name in sys.modules:
             free(sys.modules[name])
     # Numba frees memory when it needs some, or when much has come together.
-    context = import_module("fastadam._device").cuda.current_context()
+    context = import_module("fastadam.cuda.launch").cuda.current_context()
     for holder in (context, getattr(context, "memory_manager", None)):
         waiting = getattr(holder, "deallocations", None)  # the simulator has none
         if waiting is not None:
@@ -228,7 +228,7 @@ def why_no_device() -> str | None:
     from fastadam.bench import driver
 
     try:
-        simulated = import_module("fastadam._device").SIMULATED
+        simulated = import_module("fastadam.cuda.launch").SIMULATED
     except ImportError as error:
         return " ".join(str(error).split())
     reason, devices = ("", [{}]) if simulated else driver.ask()

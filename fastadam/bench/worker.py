@@ -205,7 +205,7 @@ def threads_needed(elements: int, threads: Sequence[int | None]) -> int:
 
     Smaller ones take one, in fastadam; the libraries beside it have limits of that order.
     """
-    from fastadam._cpu import SERIAL_BELOW  # not sooner: it imports Numba
+    from fastadam.cpu.kernels import SERIAL_BELOW  # not sooner: it imports Numba
 
     return 1 if elements < SERIAL_BELOW else max(number or 1 for number in threads)
 

@@ -141,20 +141,20 @@ def simd() -> dict[str, Any]:
     vectors on some processors that have wider ones, and NUMBA_CPU_NAME alone
     leaves the host's features on.
     """
-    from fastadam import _jit
+    from fastadam.cpu import intrinsics
 
     numba: Any = import_module("numba")
     if numba.config.DISABLE_JIT:
         summary = "none: NUMBA_DISABLE_JIT is set"
         return {**read_assembly(""), "summary": summary, "compiled_for": None}
-    fma: Any = _jit.fma
+    fma: Any = intrinsics.fma
 
     def loop(array: Any) -> None:
         for i in range(array.size):
             x = array[i]
             array[i] = fma(x, x, math.sqrt(x) / x)
 
-    compiled = _jit.inline(loop)
+    compiled = intrinsics.inline(loop)
     compiled.compile((numba.float32[::1],))
     (assembly,) = compiled.inspect_asm().values()
     target = import_module("numba.core.registry").cpu_target.target_context
@@ -190,7 +190,7 @@ def read_assembly(assembly: str) -> dict[str, Any]:
 
 def threads() -> dict[str, Any]:
     """Launch Numba's threads, and count those that come."""
-    from fastadam import _cpu, _jit
+    from fastadam.cpu import intrinsics, kernels
 
     np, numba = import_module("numpy"), import_module("numba")
 
@@ -202,7 +202,7 @@ def threads() -> dict[str, Any]:
     affinity, tasks, seen = _affinity(), _tasks(), set()
     try:
         # Not kept on disk: the digest of the kernels' sources does not cover this file.
-        launch = numba.njit(parallel=True, **_jit.FLAGS)(who)
+        launch = numba.njit(parallel=True, **intrinsics.FLAGS)(who)
         out = np.zeros(64 * count, dtype=np.int64)
         # TBB may leave so little work to fewer threads: each launch gives the rest a chance.
         for _ in range(50):
@@ -229,7 +229,7 @@ def threads() -> dict[str, Any]:
         "seen": len(seen),
         "on_cpus": len(on_cpus) or None,
         "main_bound": _affinity() < affinity,
-        "parallel_from": _cpu.SERIAL_BELOW,
+        "parallel_from": kernels.SERIAL_BELOW,
     }
 
 
@@ -278,7 +278,7 @@ def cuda_devices() -> tuple[str, list[dict[str, Any]]]:
 def _cuda_package() -> str | None:
     """Return why what steps on a GPU need cannot be used, None if it can."""
     try:
-        import_module("fastadam._device")
+        import_module("fastadam.cuda.launch")
     except ImportError as error:
         text = " ".join(str(error).split())
         _, colon, install = text.partition(": pip install ")
@@ -291,9 +291,9 @@ def _cuda_package() -> str | None:
 
 def cache() -> dict[str, Any]:
     """Return where compiled kernels are kept, and how many there are."""
-    from fastadam import _cpu
+    from fastadam.cpu import kernels
 
-    cache = getattr(_cpu.look_kernel, "_cache", None)
+    cache = getattr(kernels.look_kernel, "_cache", None)
     folder = getattr(cache, "cache_path", None)  # None: Numba found no folder to write to
     if folder is None:
         return {"folder": None, "writable": False, "kernels": 0, "bytes": 0}
