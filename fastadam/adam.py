@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import backends
 from .params import checks, hyperparameters
 from .params.containers import FixedSequence, check_any_given, check_same
 from .params.groups import Groups, counted, describe
@@ -15,6 +16,7 @@ from .params.names import Absent, check_attribute, check_keywords
 from .runtime import Unchanged, each_alone, in_one_go, register
 from .state.state_dict import LoadedState, export_state, import_state
 from .update.result import StepResult
+from .update.scalars import Scalars
 
 _new = tuple.__new__
 
@@ -117,8 +119,8 @@ class Adam:
     """
 
     _groups: Groups
-    _plan: Any
-    _scalars: Any
+    _stepper: backends.Stepper
+    _scalars: Scalars
     _flatten: Callable[[Any], tuple[Any, ...]]
     # The gradients of our own, made when first asked for: as the user has them, and in a row.
     _grads: Any
@@ -175,16 +177,16 @@ class Adam:
     def _after_fork(self) -> None:
         """Be usable in a forked child: no thread that was in a step is there to end it."""
         self._lock = threading.Lock()
-        self._plan.choose_kernels()
+        self._stepper.choose_kernels()
 
     def _install(self, groups: Groups, steps: Any, step_count: int) -> None:
         """Lay out the tables that the kernels read; raise before anything is replaced."""
         backend = groups.backend
-        scalars = backend.Scalars(groups)
-        plan = backend.Plan(groups.states, groups.labels, steps, step_count, scalars)
+        scalars = backend.make_scalars(groups)
+        stepper = backend.make_stepper(groups.states, groups.labels, steps, step_count, scalars)
         new = {
             "_groups": groups,
-            "_plan": plan,
+            "_stepper": stepper,
             "_scalars": scalars,
             "_flatten": groups.flattener(),
             "_grads": None,
@@ -224,7 +226,7 @@ class Adam:
         with take_turn(self._lock):
             groups = self._groups.extended(group)
             steps = np.zeros(len(groups.states), dtype=np.int64)
-            steps[: len(self._groups.states)] = self._plan.steps
+            steps[: len(self._groups.states)] = self._stepper.steps
             self._install(groups, steps, self.step_count)
 
     def step(
@@ -281,7 +283,7 @@ class Adam:
                [-0.5, -0.5]]), array([0., 0.]))
         """
         with take_turn(self._lock):
-            plan = self._plan
+            stepper = self._stepper
             # The user's own code first, in containers and schedule; then nothing but ours
             # until the kernel has run. The tuple keeps the gradients alive that long.
             if grads is ... or (grads is self._grads and grads is not None):
@@ -292,15 +294,11 @@ class Adam:
                     check_any_given(flat)
             if zero_grad is not False:
                 zero_grad = checks.flag(zero_grad, "zero_grad")
-            lr = self._scalars.refresh(plan.step_count, self._schedule, grad_scale)
+            lr = self._scalars.refresh(stepper.step_count, self._schedule, grad_scale)
             if self._max_grad_norm is None and self._nonfinite == "propagate":
                 # What StepResult(...) does, in half the time.
-                return _new(StepResult, (plan.step(flat, zero_grad), lr, None, False))
-
-            result: StepResult = plan.limited_step(
-                flat, zero_grad, lr, self._max_grad_norm, self._nonfinite
-            )
-            return result
+                return _new(StepResult, (stepper.step(flat, zero_grad), lr, None, False))
+            return stepper.limited_step(flat, zero_grad, self._max_grad_norm, self._nonfinite)
 
     def prepare_replay(self, *, grad_scale: float = 1.0) -> None:
         """Bring up to date what a CUDA graph with a step of this optimizer will read.
@@ -325,14 +323,13 @@ class Adam:
             checked and are not to be now, or the reverse; if a step is under way.
         """
         with take_turn(self._lock):
-            self._scalars.refresh(self._plan.step_count, self._schedule, grad_scale)
-            self._plan.prepare_replay(self._max_grad_norm, self._nonfinite)
+            self._scalars.refresh(self._stepper.step_count, self._schedule, grad_scale)
+            self._stepper.prepare_replay(self._max_grad_norm, self._nonfinite)
 
-    def _rehearsals(self) -> tuple[Any, list[tuple[Any, tuple[Any, ...]]]]:
-        """Return calls of all kernels that `step` may need, each on nothing, and who keeps it."""
-        plan = self._plan
+    def _compilations(self) -> list[Callable[[], object]]:
+        """Return calls that each make ready a kernel that `step` may need."""
         limited = self._max_grad_norm is not None or self._nonfinite != "propagate"
-        return plan, plan.rehearsals(self._nonfinite if limited else None)
+        return self._stepper.compilations(self._nonfinite if limited else None)
 
     def _take_own_grads(self) -> tuple[Any, ...]:
         if self._grads is None:
@@ -400,12 +397,12 @@ class Adam:
         """
         if self._groups.ema_decay is None:
             raise AttributeError("ema_params needs an optimizer made with ema_decay, got None")
-        return self._groups.wrap([state.ema for state in self._groups.states])
+        return self._groups.wrap([state.own["ema"] for state in self._groups.states])
 
     @property
     def step_count(self) -> int:
         """Steps taken so far, without those skipped: what the schedule is asked for next."""
-        return int(self._plan.step_count[0])
+        return int(self._stepper.step_count[0])
 
     @property
     def amsgrad(self) -> bool:
@@ -473,9 +470,9 @@ class Adam:
     @property
     def state(self) -> dict[int | str, dict[str, Any]]:
         """What `state_dict` holds of each parameter, by name or place; the arrays are live."""
-        states, steps = self._groups.states, self._plan.steps
+        states, steps = self._groups.states, self._stepper.steps
         return {
-            state.key: {"step": int(step), **state.arrays()}
+            state.key: {"step": int(step), **state.own}
             for state, step in zip(states, steps, strict=True)
         }
 
@@ -513,7 +510,7 @@ class Adam:
         groups = self._groups
         return export_state(
             groups.states,
-            self._plan.steps,
+            self._stepper.steps,
             groups.options,
             self.step_count,
             groups.backend.to_host,
@@ -544,7 +541,9 @@ class Adam:
         """
         with take_turn(self._lock):
             groups = self._groups
-            loaded = import_state(state_dict, groups.states, groups.options)
+            loaded = import_state(
+                state_dict, groups.states, groups.options, backends.as_host, backends.as_array
+            )
             self._take_over(loaded)
 
     def _take_over(self, loaded: LoadedState) -> None:
@@ -556,7 +555,7 @@ class Adam:
         def writes() -> Iterable[tuple[Any, ...]]:
             return chain(
                 arrays,
-                self._plan.counting(loaded.steps, loaded.step_count),
+                self._stepper.counting(loaded.steps, loaded.step_count),
                 [
                     (dict.update, *pair)
                     for pair in zip(groups.options, loaded.options, strict=False)
@@ -577,7 +576,7 @@ class Adam:
     def _version(self) -> tuple[Any, ...]:
         """Return what is another one after each step and load; raise in the middle of one."""
         take_turn(self._lock)
-        return self._plan, self.step_count, self._loads
+        return self._stepper, self.step_count, self._loads
 
     def _copies(self, memo: Mapping[int, Any]) -> Iterable[tuple[Any, Any]]:
         """Return the parameters that `copy.deepcopy` has copied, and their copies."""
@@ -588,9 +587,9 @@ class Adam:
         """Leave out what holds addresses: a copy must not write to the original's arrays."""
         self._groups.backend.check_copyable()
         unchanged = Unchanged(self)
-        left_out = ("_lock", "_plan", "_scalars", "_flatten", "_grads", "_own_grads")
+        left_out = ("_lock", "_stepper", "_scalars", "_flatten", "_grads", "_own_grads")
         kept = {name: value for name, value in vars(self).items() if name not in left_out}
-        counts = {"steps": self._plan.steps, "step_count": self.step_count}
+        counts = {"steps": self._stepper.steps, "step_count": self.step_count}
         return {**kept, **counts, "unchanged": unchanged}  # to be copied last
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
@@ -609,7 +608,7 @@ class Adam:
     def __repr__(self) -> str:
         groups = self._groups
         elements = sum(state.param.size for state in groups.states)
-        dtypes = ", ".join(dtype.name for dtype in self._plan.dtypes) or "no dtype"
+        dtypes = ", ".join(dtype.name for dtype in self._stepper.dtypes) or "no dtype"
         head = (
             f"{type(self).__name__}({counted(len(groups.states))}, {elements:,} elements of"
             f" {dtypes}, step_count={self.step_count}, amsgrad={groups.amsgrad},"

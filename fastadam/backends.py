@@ -1,29 +1,46 @@
-"""Where parameters may live, and what each such place must offer."""
+"""Where parameters may live, what each such place must offer, and the choice between them."""
 
 import functools
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from .runtime import alone, undisturbed
-from .update.result import StepResult
+
+if TYPE_CHECKING:
+    from .params.groups import Groups
+    from .state.param_state import ParamState
+    from .update.result import StepResult
+    from .update.scalars import Scalars
 
 
-class Plan(Protocol):
-    """What takes steps: the tables of one optimizer, made anew when a group is added.
-
-    It is made of the states, the names of their gradients, the steps that each has
-    had, the steps of the optimizer, and the scalars, which it reads in every step.
-    """
+class Stepper(Protocol):
+    """Takes the steps of one optimizer; made anew when a group is added."""
 
     steps: npt.NDArray[np.int64]
-    step_count: Any  # indexed by 0: the steps taken
-    dtypes: list[np.dtype[Any]]
+    """Steps that each parameter has had, in the order of the parameters."""
+
+    @property
+    def step_count(self) -> Any:
+        """Steps of the optimizer: an array of one, or what gives one number by ``[0]``."""
+
+    @property
+    def dtypes(self) -> list[np.dtype[Any]]:
+        """The parameters' dtypes, each once."""
 
     def step(self, grads: tuple[Any, ...], zero_grad: bool) -> int:
-        """Take a step; return its number."""
+        """Take a step, with a gradient or None for each parameter; return its number."""
+
+    def limited_step(
+        self,
+        grads: tuple[Any, ...],
+        zero_grad: bool,
+        max_grad_norm: float | None,
+        nonfinite: str,
+    ) -> "StepResult":
+        """Take a step for which the norm of the gradients is needed."""
 
     def counting(self, steps: npt.NDArray[np.int64], step_count: int) -> list[tuple[Any, ...]]:
         """Return calls, as function and arguments, that set all counts of steps."""
@@ -31,28 +48,21 @@ class Plan(Protocol):
     def choose_kernels(self) -> None:
         """Have other kernels looked for, in a forked child."""
 
-    def limited_step(
-        self,
-        grads: tuple[Any, ...],
-        zero_grad: bool,
-        lr: float,
-        max_grad_norm: float | None,
-        nonfinite: str,
-    ) -> StepResult:
-        """Take a step for which the norm of the gradients is asked."""
-
     def prepare_replay(self, max_grad_norm: float | None, nonfinite: str) -> None:
         """Bring hyperparameters up to date for a captured step."""
 
-    def rehearsals(self, nonfinite: str | None) -> list[tuple[Any, tuple[Any, ...]]]:
-        """Return calls that compile the kernels of all steps; None where no norm is asked for."""
+    def compilations(self, nonfinite: str | None) -> list[Callable[[], object]]:
+        """Return calls that each make ready a kernel of the steps to come.
+
+        ``nonfinite`` is None where no norm is asked for.
+        """
 
 
 class Backend(Protocol):
-    """The module of a place where arrays live: `_host`, or `_cuda_host` for CUDA devices."""
+    """The module of a place where arrays are: `cpu.backend`, or `cuda.backend`.
 
-    Plan: Any
-    Scalars: Any
+    Arrays are NumPy's in the one, and `cuda.arrays.DeviceArray` in the other.
+    """
 
     def take_param(self, array: Any, label: str) -> Any:
         """Check a parameter; return what stands for it: dtype, shape, size, nbytes."""
@@ -74,6 +84,23 @@ class Backend(Protocol):
 
     def check_copyable(self) -> None:
         """Refuse to copy or pickle an optimizer, where its arrays cannot be."""
+
+    def make_scalars(self, groups: "Groups") -> "Scalars":
+        """Return the table of the groups' hyperparameters."""
+
+    def make_stepper(
+        self,
+        states: "Sequence[ParamState]",
+        labels: Sequence[str],
+        steps: npt.NDArray[np.int64],
+        step_count: int,
+        scalars: "Scalars",
+    ) -> Stepper:
+        """Return what takes the steps of these parameters.
+
+        ``labels`` is what their gradients are called in messages, ``steps`` how many steps
+        each has had.
+        """
 
 
 # What an array has, that lives on a device or is another library's.
@@ -122,13 +149,14 @@ def _imported(device: bool) -> Backend:
     A fork waits for it, since a child could never end what a thread of its parent
     has begun to import; and Ctrl-C, since Numba cannot be imported a second time.
     """
-    backend: Any
     with alone, undisturbed():
         if device:
-            from .cuda import backend
-        else:
-            from .cpu import backend
-    return backend  # type: ignore[no-any-return]
+            from .cuda import backend as cuda_backend
+
+            return cuda_backend
+        from .cpu import backend as cpu_backend
+
+        return cpu_backend
 
 
 def check_together(param: Any, label: str, first: Any, first_label: str) -> None:
@@ -155,8 +183,8 @@ def _place(param: Any) -> int | None:
     return device
 
 
-def seen(value: Any) -> Any:
-    """Return something with the shape and the dtype, NumPy's, of an array, wherever it lives.
+def as_array(value: Any) -> Any:
+    """Return something with the shape and the NumPy dtype of an array, wherever it lives.
 
     Raises
     ------

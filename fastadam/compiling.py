@@ -5,7 +5,6 @@ from typing import Any
 
 from .adam import Adam
 from .objects import ObjectAdam
-from .runtime import alone
 
 
 def compile(  # noqa: A001
@@ -48,13 +47,11 @@ def compile(  # noqa: A001
         raise TypeError(f"opt must be an optimizer of fastadam's, got {type(opt).__qualname__}")
     if not isinstance(progress, bool) and not callable(progress):
         raise TypeError(f"progress must be True, False or callable, got {progress!r}")
-    plan, calls = opt._rehearsals()
-    for done, (kernel, arguments) in enumerate(_with_bar(calls) if progress is True else calls, 1):
-        with alone:
-            kernel(*arguments)
+    calls = opt._compilations()
+    for done, make_ready in enumerate(_with_bar(calls) if progress is True else calls, 1):
+        make_ready()
         if callable(progress):
             progress(done, len(calls))
-    del plan  # until here, since the calls hold addresses of its tables
 
 
 def _with_bar(calls: list[Any]) -> Iterable[Any]:

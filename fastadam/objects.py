@@ -150,7 +150,7 @@ class ObjectAdam:
         with take_turn(self._lock):
             self._read_values()
             grads = [self._read_grad(k, thing) for k, thing in enumerate(self._objects)]
-            count = self.optimizer._plan.step_count
+            count = self.optimizer._stepper.step_count
             before = count[0]
             # Ready before the step: no signal's handler runs between it and their being made.
             writes = starmap(call, self._writes(grads))

@@ -43,6 +43,7 @@ def rng():
 def kernel_calls(monkeypatch):
     """Note the kernels that are called: which, for what dtype, with what options."""
     from fastadam.cpu import kernels
+    from fastadam.state import roles
 
     calls = []
 
@@ -50,8 +51,11 @@ def kernel_calls(monkeypatch):
         def make(dtype, **options):
             kernel = factory(dtype, **options)
 
+            names = [name for name in options if name != "roles" and options[name]]
+            names[1:1] = [name for name in roles.OPTIONAL if name in options.get("roles", ())]
+
             def call(*arguments):
-                calls.append((kind, dtype.name, *(name for name in options if options[name])))
+                calls.append((kind, dtype.name, *names))
                 return kernel(*arguments)
 
             return call

@@ -17,8 +17,9 @@ import numba
 from fastadam.adam import Adam
 from fastadam.cpu import intrinsics, kernels
 from fastadam.cpu.intrinsics import load, only_if, store
+from fastadam.cpu.layout import UPDATE_CHOICE
 from fastadam.update.formula import bind
-from fastadam.update.tables import (
+from fastadam.update.layout import (
     CHUNK_OFFSET,
     CHUNK_SIZE,
     CHUNK_TENSOR,
@@ -27,7 +28,6 @@ from fastadam.update.tables import (
     EXP_AVG_SQ,
     GRAD,
     PARAM,
-    UPDATE_CHOICE,
 )
 
 if TYPE_CHECKING:
@@ -75,9 +75,9 @@ class Roofline:
         # An optimizer for its tables: where everything lies, and how it is cut.
         self._opt = Adam(list(params), ema_decay=0.5 if tail else None)
         self._grads = tuple(grads)
-        plan = self._opt._plan
-        plan.take_grads(self._grads, tail)
-        (context,) = plan.contexts
+        stepper: Any = self._opt._stepper
+        stepper.take_grads(self._grads, tail)
+        (context,) = stepper.contexts
         move = _kernel(context.dtype, context.parallel, tail, self._divides)
         norm = kernels.sum_kernel(context.dtype, parallel=context.parallel)
         self._address = context.address

@@ -17,7 +17,8 @@ from ..objects import ObjectAdam
 from ..params import checks, hyperparameters
 from ..schedules.base import Schedule, integer
 from ..schedules.plain import from_plain, to_plain
-from ..state.state_dict import KINDS, LoadedState, export_groups, import_options, is_count
+from ..state.roles import KINDS
+from ..state.state_dict import LoadedState, export_groups, import_options, is_count
 from . import atomic_file, file_format
 from .file_format import CheckpointError, Reader
 from .fit import Fit, Key, Rename, checked_key
@@ -164,9 +165,9 @@ def save(
             raise ValueError("names must differ from the places of parameters without a name")
         "".join(names).encode()  # raises what safetensors would, later
         for state in states:
-            if state.param.shape != state.exp_avg.shape:
+            if state.param.shape != state.shape:
                 raise ValueError(
-                    f"{state.label} must keep the shape that it had, {state.exp_avg.shape}, got"
+                    f"{state.label} must keep the shape that it had, {state.shape}, got"
                     f" {state.param.shape}"
                 )
         tensors = {
@@ -280,7 +281,7 @@ def load(
                 wrong = "; ".join(fit.wrong)
                 raise CheckpointError(f"{path} must fit the optimizer: {wrong}{fit.hint}")
             sources = [reader.read(name) for _, name in fit.tensors]
-        steps, step_count = adam._plan.steps, adam.step_count
+        steps, step_count = adam._stepper.steps, adam.step_count
         if state:
             for place, own in enumerate(adam._groups.states):
                 if own.key in fit.keys:
@@ -389,7 +390,7 @@ def _describe(opt: Adam) -> dict[str, Any]:
         "version": import_module("fastadam").__version__,
         "step_count": opt.step_count,
         "params": [state.key for state in groups.states],
-        "steps": opt._plan.steps.tolist(),
+        "steps": opt._stepper.steps.tolist(),
         "groups": export_groups(options, groups.states),
         "amsgrad": opt.amsgrad,
         "ema_decay": opt.ema_decay,

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from ..state.state_dict import PARAM, ParamState, group_mismatches, import_options
+from ..state.param_state import ParamState
+from ..state.roles import PARAM
+from ..state.state_dict import group_mismatches, import_options
 
 if TYPE_CHECKING:
     from ..adam import Adam

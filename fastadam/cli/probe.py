@@ -293,8 +293,7 @@ def cache() -> dict[str, Any]:
     """Return where compiled kernels are kept, and how many there are."""
     from fastadam.cpu import kernels
 
-    cache = getattr(kernels.look_kernel, "_cache", None)
-    folder = getattr(cache, "cache_path", None)  # None: Numba found no folder to write to
+    folder = kernels.cache_folder()
     if folder is None:
         return {"folder": None, "writable": False, "kernels": 0, "bytes": 0}
     try:

@@ -1,28 +1,49 @@
-"""The backend of NumPy arrays: what `_backend.Backend` asks for."""
+"""The backend of NumPy arrays: what `backends.Backend` asks for."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import repeat
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..params.arrays import check_param
+from ..params.arrays import address, check_param
+from ..params.groups import Groups
 from ..runtime import emptying
-from ..state.state_dict import allocate
+from ..state.param_state import ParamState
+from ..state.storage import allocate
+from ..update.rows import Rows
 from ..update.scalars import Scalars
-from .stepper import Plan
+from .gradients import Gradients
+from .stepper import Stepper
 
 __all__ = [
-    "Plan",
-    "Scalars",
     "allocate",
     "assign",
     "check_copyable",
+    "make_scalars",
+    "make_stepper",
     "take_param",
     "to_host",
     "writing",
 ]
+
+
+def make_scalars(groups: Groups) -> Scalars:
+    """Return the table of the groups' hyperparameters."""
+    return Scalars(groups)
+
+
+def make_stepper(
+    states: Sequence[ParamState],
+    labels: Sequence[str],
+    steps: npt.NDArray[np.int64],
+    step_count: int,
+    scalars: Scalars,
+) -> Stepper:
+    """Return what takes the steps of these parameters."""
+    rows = Rows.of(states, address, steps)
+    return Stepper(rows, scalars, Gradients(states, labels, rows), step_count)
 
 
 def take_param(array: Any, label: str) -> npt.NDArray[Any]:

@@ -1,252 +1,130 @@
-"""Look at gradients without a trip through Python for each.
+"""The gradients of a step: each is checked, and its address noted in the parameter's row."""
 
-An attribute of an array costs Python 30 to 800 nanoseconds, the address most.
-The C structure behind it is fixed by NumPy's binary interface, to which every
-compiled extension is bound, so compiled code can look there itself: at every
-array in every step, so that nothing has to be remembered and nothing goes
-stale. What it does not find as expected, and no more, is left to the checks in Python.
-"""
-
-import ctypes
-import functools
-import pickle
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from ..params.arrays import DTYPE_MARK_OFFSET, dtype_mark
-from ..update.tables import (
-    BYTES,
-    CONTEXT_SIZE,
-    DTYPE_MARK,
-    END,
-    FOUND,
-    GRAD,
-    MODEL,
-    NDARRAY,
-    NONE,
-    OBJECT,
-    ODD,
-    ODD_COUNT,
-    ORDER,
-    OWN_COUNT,
-    OWN_MEMORY,
-    PARAM,
-    START,
-    TENSOR_COLUMNS,
-    TENSOR_COUNT,
-    TENSORS,
-)
-from . import intrinsics
-from .intrinsics import peek, table
-
-# PyArrayObject_fields on 64-bit machines: PyObject_HEAD, whose last member is the
-# type; data, nd (int), dimensions, strides, base, descr, flags (int).
-_HEAD = object.__basicsize__
-_TYPE, _DATA, _NDIM, _DIMENSIONS = _HEAD - 8, _HEAD, _HEAD + 8, _HEAD + 16
-_DESCR, _FLAGS = _HEAD + 40, _HEAD + 48
-_C, _F, _ALIGNED, _WRITEABLE = 0x1, 0x2, 0x100, 0x400
-# PyTupleObject: its items come last.
-_ITEMS = tuple.__basicsize__
-
-_INT64, _INT32 = np.int64(0), np.int32(0)
+from ..params.arrays import address, check_param, dtype_mark, take_grad
+from ..params.memory import Memory
+from ..state.param_state import ParamState, all_arrays
+from ..update import layout
+from ..update.limits import nonfinite_message
+from ..update.rows import Rows
+from . import kernels, numpy_structs
+from . import layout as field
 
 
-@intrinsics.inline
-def fits(array: Any, row: Any, writable: Any) -> Any:
-    """Whether an array at ``id()`` is of its parameter's dtype, shape and layout."""
-    model = row[MODEL]
-    order = _C if peek(model + _FLAGS, _INT32) & _C else _F
-    needed = order | _ALIGNED | (_WRITEABLE if writable else 0)
-    ndim = peek(model + _NDIM, _INT32)
-    if (
-        peek(array + _FLAGS, _INT32) & needed != needed
-        or peek(peek(array + _DESCR, _INT64) + DTYPE_MARK_OFFSET, _INT64) != row[DTYPE_MARK]
-        or peek(array + _NDIM, _INT32) != ndim
-    ):
-        return False
-    wanted, given = peek(model + _DIMENSIONS, _INT64), peek(array + _DIMENSIONS, _INT64)
-    for axis in range(ndim):
-        if peek(wanted + 8 * axis, _INT64) != peek(given + 8 * axis, _INT64):
-            return False
-    return True
-
-
-@intrinsics.inline
-def sort(tensors: Any) -> None:
-    """Bring the column ORDER into the order of the addresses in FOUND.
-
-    Shell's sort: in place, and soon done where the order is that of the last step.
-    """
-    gap = 1
-    while gap < tensors.shape[0] // 3:
-        gap = 3 * gap + 1
-    while gap > 0:
-        for i in range(gap, tensors.shape[0]):
-            moved, j = tensors[i, ORDER], i
-            found = tensors[moved, FOUND]
-            while j >= gap and tensors[tensors[j - gap, ORDER], FOUND] > found:
-                tensors[j, ORDER] = tensors[j - gap, ORDER]
-                j -= gap
-            tensors[j, ORDER] = moved
-        gap //= 3
-
-
-@intrinsics.inline
-def are_apart(tensors: Any, own: Any) -> Any:
-    """Whether what was found shares no memory with itself or with ``own``, which is sorted."""
-    sort(tensors)
-    end, k = 0, 0
-    for i in range(tensors.shape[0]):
-        t = tensors[i, ORDER]
-        start = tensors[t, FOUND]
-        if start != 0 and tensors[t, BYTES] != 0:
-            if start < end:
-                return False
-            end = start + tensors[t, BYTES]
-            while k < own.shape[0] and own[k, END] <= start:
-                k += 1
-            if k < own.shape[0] and own[k, START] < end:
-                return False
-    return True
-
-
-@intrinsics.inline
-def look(context: Any, grads: Any, writable: Any) -> Any:
-    """Note where the gradients lie, if each is as it should be; say whether.
+class Gradients:
+    """What the gradients of an optimizer over NumPy arrays must fit.
 
     Parameters
     ----------
-    context : int
-        Address of a `Context`.
-    grads : int
-        ``id()`` of a tuple with an array or None for every parameter, which
-        the caller keeps alive.
-    writable : bool
-        Whether the gradients must be writable.
+    states : sequence of ParamState
+        The parameters.
+    labels : sequence of str
+        What each one's gradient is called in messages.
+    rows : Rows
+        Where the addresses are noted, in the column ``GRAD``.
 
-    Returns
-    -------
-    bool
-        If false, some object is no plain array, does not pair with its
-        parameter, or shares memory, or a parameter is not what it was. Then
-        the column GRAD is as it was. The table ODD has the places of those that
-        are to be looked at in Python, ODD_COUNT their number.
-    """
-    fields = table(context, 1, CONTEXT_SIZE, _INT64)[0]
-    tensors = table(fields[TENSORS], fields[TENSOR_COUNT], TENSOR_COLUMNS, _INT64)
-    odd = table(fields[ODD], 1, tensors.shape[0], _INT64)[0]
-    count, changed = 0, False
-    for t in range(tensors.shape[0]):
-        row = tensors[t]
-        param, grad, start = row[OBJECT], peek(grads + _ITEMS + 8 * t, _INT64), 0
-        usual = peek(param + _DATA, _INT64) == row[PARAM] and fits(param, row, True)
-        if usual and grad != fields[NONE]:
-            usual = peek(grad + _TYPE, _INT64) == fields[NDARRAY] and fits(grad, row, writable)
-            if usual:
-                start = peek(grad + _DATA, _INT64)
-        if not usual:
-            odd[count] = t
-            count += 1
-        row[FOUND] = start
-        if row[GRAD] != start:
-            changed = True
-    fields[ODD_COUNT] = count
-    return count == 0 and (not changed or accept(fields, tensors))
+    Raises
+    ------
+    ValueError
+        If parameters share memory.
 
-
-@intrinsics.inline
-def accept(fields: Any, tensors: Any) -> Any:
-    """Take the addresses in the column FOUND for those of the gradients, if none overlap."""
-    if not are_apart(tensors, table(fields[OWN_MEMORY], fields[OWN_COUNT], 2, _INT64)):
-        return False
-    for t in range(tensors.shape[0]):
-        tensors[t, GRAD] = tensors[t, FOUND]
-    return True
-
-
-# PyWeakReference: what it refers to comes first, None if that is gone.
-_REFERENT = object.__basicsize__
-
-
-def are_the_same(grads: Any, references: Any, count: Any, none: Any) -> Any:
-    """Whether a tuple has the very objects that it had, by weak references to those.
-
-    Parameters
+    Attributes
     ----------
-    grads : int
-        ``id()`` of the tuple.
-    references : int
-        Address of ``count`` int64: the ``id()`` of a weak reference to each, 0 for
-        None.
-    count : int
-        Their number, the tuple's length.
-    none : int
-        ``id(None)``.
+    fields : dict
+        What a kernel's context must hold, for it to look at gradients itself.
+    compiled : bool
+        Whether kernels can, NumPy's structures being the known ones.
     """
-    for t in range(count):
-        reference, expected = peek(references + 8 * t, _INT64), none
-        if reference != 0:
-            expected = peek(reference + _REFERENT, _INT64)
-            if expected == none:
-                return False
-        if peek(grads + _ITEMS + 8 * t, _INT64) != expected:
-            return False
-    return True
 
+    def __init__(self, states: Sequence[ParamState], labels: Sequence[str], rows: Rows) -> None:
+        self._states, self._labels, self._rows = states, labels, rows
+        arrays = all_arrays(states)
+        self._memory = Memory.of(arrays, address)
+        # NumPy refuses to resize, and so to move, an array that has a weak reference.
+        self._pins = [weakref.ref(array) for array in arrays.values()]
+        # Any array of ours has the shape and the memory order that the parameter had.
+        self._models = [next(iter(state.own.values())) for state in states]
+        self._seen = np.zeros((len(states), field.SEEN_COLUMNS), dtype=np.int64)
+        self._odd = np.zeros(len(states) + 1, dtype=np.int64)
+        for k, (row, state, model) in enumerate(
+            zip(self._seen, states, self._models, strict=True)
+        ):
+            row[field.OBJECT], row[field.MODEL] = id(state.param), id(model)
+            row[field.DTYPE_MARK] = dtype_mark(state.param.dtype)
+            row[field.BYTES], row[field.ORDER] = state.param.nbytes, k
+        self.fields = {
+            field.SEEN: address(self._seen),
+            field.OWN_MEMORY: address(self._memory.blocks),
+            field.OWN_COUNT: len(self._memory.blocks),
+            field.NDARRAY: id(np.ndarray),
+            field.NONE: id(None),
+            field.ODD: address(self._odd),
+        }
+        self.compiled = bool(states) and numpy_structs.works()
 
-@functools.cache
-def references_work() -> bool:
-    """Whether weak references are as described here, tried on one."""
-    target = type("Target", (), {})()
-    reference = weakref.ref(target)
-    if _peek(id(reference) + _REFERENT) != id(target):
-        return False
-    del target
-    return reference() is None and _peek(id(reference) + _REFERENT) == id(None)
+    def take(self, context: int, grads: tuple[Any, ...], writable: bool) -> tuple[Any, ...]:
+        """Check the gradients and note where they are.
 
+        Returns them, with plain arrays in the place of what else can be read.
+        ``context`` is the address of a `Context` that has `fields`.
 
-@functools.cache
-def works() -> bool:
-    """Whether the structures are the ones described here, tried on a few objects."""
-    if np.dtype(np.intp).itemsize != 8:
-        return False
-    square = np.arange(6.0).reshape(2, 3)
-    locked = np.zeros(3, dtype=np.float32)
-    locked.flags.writeable = False
-    samples = (np.zeros(()), np.zeros(4), square, square.T, square[:, :1], locked)
-    if _peek(id(samples) + _ITEMS + 8) != id(samples[1]):
-        return False
-    # Other objects for a dtype, and another byte order.
-    single = np.dtype(np.float32)
-    same, other = pickle.loads(pickle.dumps(single)), single.newbyteorder()  # noqa: S301
-    if dtype_mark(same) != dtype_mark(single) or dtype_mark(other) == dtype_mark(single):
-        return False
-    for array in samples:
-        dimensions = _peek(id(array) + _DIMENSIONS)
-        shape = tuple(_peek(dimensions + 8 * axis) for axis in range(array.ndim))
-        flags = _peek(id(array) + _FLAGS) & (_C | _F | _ALIGNED | _WRITEABLE)
-        found = (
-            _peek(id(array) + _TYPE),
-            _peek(id(array) + _DATA),
-            _peek(id(array) + _NDIM) & 0xFFFFFFFF,
-            shape,
-            _peek(_peek(id(array) + _DESCR) + DTYPE_MARK_OFFSET),
-            flags,
-        )
-        expected = (
-            id(np.ndarray),
-            array.ctypes.data,
-            array.ndim,
-            array.shape,
-            dtype_mark(array.dtype),
-            array.flags.num & (_C | _F | _ALIGNED | _WRITEABLE),
-        )
-        if found != expected:
-            return False
-    return True
+        Raises
+        ------
+        TypeError, ValueError
+            If one does not fit its parameter, shares memory, or is read-only
+            where ``writable`` is asked for; if a parameter has become so.
+        """
+        if self.compiled and kernels.look_kernel()(context, id(grads), writable):
+            return grads
+        return self.take_unusual(context, grads, writable)
 
+    def take_unusual(
+        self, context: int, grads: tuple[Any, ...], writable: bool
+    ) -> tuple[Any, ...]:
+        """Do the same where a kernel has refused some, and has noted which.
 
-def _peek(where: int) -> int:
-    return ctypes.c_int64.from_address(where).value
+        Only those are checked in Python: to say what is wrong, or that nothing is.
+        """
+        taken = list(grads)
+        count = int(self._odd[0])
+        odd: Any = self._odd[1 : count + 1].tolist() if self.compiled else range(len(taken))
+        for k in odd:
+            self._check_param(k)
+            if grads[k] is not None:
+                taken[k] = take_grad(grads[k], self._states[k].param, self._labels[k], writable)
+        plain = tuple(taken)
+        # All over again: what other libraries ran meanwhile may have moved what was looked at.
+        if self.compiled and kernels.look_kernel()(context, id(plain), writable):
+            return plain
+        found = np.array([address(grad) for grad in plain], dtype=np.int64)
+        sizes = [0 if grad is None else grad.nbytes for grad in plain]
+        self._memory.check_apart(self._labels, found, np.array(sizes, dtype=np.int64))
+        if self.compiled:
+            raise RuntimeError("params and grads must not change while a step looks at them")
+        self._rows.table[:, layout.GRAD] = found
+        return plain
+
+    def _check_param(self, k: int) -> None:
+        state = self._states[k]
+        param = state.param
+        check_param(param, state.label)
+        now = address(param), param.shape, dtype_mark(param.dtype)
+        then = self._rows.table[k, layout.PARAM], state.shape, self._seen[k, field.DTYPE_MARK]
+        if now != then:
+            raise ValueError(
+                f"{state.label} must keep the memory, the shape and the dtype that it had"
+                f" when the optimizer was made"
+            )
+
+    def nonfinite_message(self, grads: tuple[Any, ...], factor: float) -> str | None:
+        """Return a message on the first element that, times a factor, is not finite."""
+        for grad, label in zip(grads, self._labels, strict=True):
+            message = None if grad is None else nonfinite_message(grad, label, factor)
+            if message is not None:
+                return message
+        return None

@@ -11,6 +11,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ..runtime import alone, undisturbed
+from ..state import roles
 from ..update.formula import bind
 from . import notice
 from .cache import KernelCache
@@ -19,10 +20,11 @@ from .cache import KernelCache
 # scalar. No fastmath: it would let the compiler choose what is rounded.
 FLAGS = {"error_model": "numpy"}
 
-# What a pointer points into. Arrays of different roles never overlap (the facade
-# refuses it), and saying so spares the loop its run-time alias checks, of which
-# LLVM allows so few that the loop with AMSGrad would stay scalar.
-ROLES = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "ema")
+# What a pointer points into, in the order of the columns of `update.layout`. Arrays of
+# different roles never overlap (the facade refuses it), and saying so spares the loop its
+# run-time alias checks, of which LLVM allows so few that the loop with AMSGrad would stay
+# scalar.
+ROLES = ("param", "grad", *roles.NAMES)
 
 # Sums are kept in so many float64 at once, whatever a register holds, so that
 # every processor adds in the same order. A power of 2.
@@ -34,12 +36,19 @@ def inline(function: Callable[..., Any]) -> Any:
     return njit(**FLAGS)(function)
 
 
-def kernel(function: Callable[..., Any], *, parallel: bool = False, **constants: Any) -> Any:
-    """Compile an entry point, its machine code kept on disk.
+def kernel(
+    function: Callable[..., Any],
+    signature: tuple[Any, ...],
+    *,
+    parallel: bool = False,
+    **constants: Any,
+) -> Any:
+    """Compile an entry point, or load its machine code from the compile cache.
 
-    ``constants`` take the place of the function's globals of those names. Only
-    a parallel kernel releases the GIL: a serial one is over in microseconds,
-    and to ask for the GIL again, where other threads want it, can take thousands.
+    ``signature`` has the types of its arguments, and ``constants`` take the place of the
+    function's globals of those names. Only a parallel kernel releases the GIL: a serial one
+    is over in microseconds, and to ask for the GIL again, where other threads want it, can
+    take thousands.
     """
     if config.DISABLE_JIT:
         return _refuse
@@ -49,23 +58,26 @@ def kernel(function: Callable[..., Any], *, parallel: bool = False, **constants:
                 get_num_threads()
         bound = bind(function, **constants)
         dispatcher = njit(parallel=parallel, nogil=parallel, **FLAGS)(bound)
-        folder = None
-        with contextlib.suppress(RuntimeError, OSError):  # no folder: each process compiles
+        folder = cache_folder(bound)
+        if folder is not None:  # else each process compiles
             dispatcher._cache = KernelCache(bound, variant=f"parallel={parallel} {constants}")
-            folder = dispatcher._cache.cache_path
-    compile_for, compile_anew = dispatcher._compile_for_args, dispatcher._compiler.compile
+        compile_anew = dispatcher._compiler.compile
 
-    def compile_undisturbed(*arguments: Any) -> Any:
-        with undisturbed():
-            return compile_for(*arguments)
+        def compile_with_notice(*arguments: Any) -> Any:
+            notice.compiling(folder)
+            return compile_anew(*arguments)
 
-    def compile_with_notice(*arguments: Any) -> Any:
-        notice.compiling(folder)
-        return compile_anew(*arguments)
-
-    dispatcher._compile_for_args = compile_undisturbed  # which a call of other types makes
-    dispatcher._compiler.compile = compile_with_notice  # where the cache has no file for them
+        dispatcher._compiler.compile = compile_with_notice  # called if the cache has no file
+        dispatcher.compile(signature)
     return dispatcher
+
+
+def cache_folder(function: Callable[..., Any]) -> str | None:
+    """Return the folder in which the machine code of a kernel is kept, if there is one."""
+    with contextlib.suppress(RuntimeError, OSError):
+        folder: str = KernelCache(function, variant="").cache_path
+        return folder
+    return None
 
 
 def _refuse(*_: Any) -> None:

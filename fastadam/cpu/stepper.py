@@ -1,166 +1,128 @@
-"""What stands between the facade and a backend: addresses, checked, and the calls."""
+"""Takes the steps of one optimizer over NumPy arrays: chooses kernels, and calls them."""
 
+import ctypes
 import math
 import sys
-import weakref
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from numba import config
 
-from ..params.arrays import address, check_param, dtype_mark, take_grad
-from ..params.memory import Memory
-from ..runtime import alone, in_one_go, parallel_works
-from ..state.state_dict import ParamState, all_arrays
-from ..update.limits import clip_coefficient, nonfinite_message
+from ..params.arrays import address
+from ..runtime import alone, parallel_works
+from ..update import layout
+from ..update.limits import clip_coefficient, is_exact, scale_for
 from ..update.result import StepResult
+from ..update.rows import Rows
 from ..update.scalars import Scalars
-from ..update.tables import (
-    CHUNK_TENSOR,
-    DTYPE_MARK,
-    GRAD,
-    GROUP_COUNT,
-    GROUPS,
-    NDARRAY,
-    NONE,
-    ODD,
-    ODD_COUNT,
-    OWN_COUNT,
-    OWN_MEMORY,
-    PARAM,
-    STEP,
-    TENSOR_COUNT,
-    TENSORS,
-    Context,
-    tensor_table,
-)
-from . import gradients, kernels
-
-# Sums of squares between these are neither short of digits nor infinite.
-_SMALL, _LARGE = 1e-280, 1e300
+from . import kernels
+from . import layout as field
+from .context import Context
+from .gradients import Gradients
 
 
-class Plan:
-    """Where parameters and gradients lie, and the backend that updates them there.
+class Stepper:
+    """Rows of parameters, and the kernels that update what is there.
 
     Parameters
     ----------
-    states : sequence of ParamState
-        The parameters.
-    labels : sequence of str
-        What each one's gradient is called in messages.
-    steps : int64 array
-        Steps that each has had.
-    step_count : int
-        Steps of the optimizer.
+    rows : Rows
+        Where parameters and state are. The kernels count steps in it.
     scalars : Scalars
         The groups' hyperparameters, read in every step.
+    gradients : Gradients
+        Notes where the gradients are.
+    step_count : int
+        Steps of the optimizer.
 
-    Raises
-    ------
-    ValueError
-        If parameters share memory.
+    Attributes
+    ----------
+    step_count : int64 array, shape (1,)
+        Counted in the kernel, where the parameters' own steps are: no signal comes between.
+    contexts : list of Context
+        One for each dtype.
     """
 
     def __init__(
-        self,
-        states: Sequence[ParamState],
-        labels: Sequence[str],
-        steps: npt.NDArray[np.int64],
-        step_count: int,
-        scalars: Scalars,
+        self, rows: Rows, scalars: Scalars, gradients: Gradients, step_count: int
     ) -> None:
-        self._states, self._labels = states, labels
-        # Counted where the parameters' own steps are, in the kernel: no signal comes between.
+        self._rows, self._scalars, self._gradients = rows, scalars, gradients
         self.step_count = np.array([step_count], dtype=np.int64)
-        arrays = all_arrays(states)
-        self._memory = Memory.of(arrays, address)
-        # NumPy refuses to resize, and so to move, an array that has a weak reference.
-        self._pins = [weakref.ref(array) for array in arrays.values()]
-
-        dtypes = list(dict.fromkeys(state.param.dtype for state in states))
-        self._tensors = tensor_table(states, dtypes, address)
-        # The places of the gradients that the kernels leave to Python.
-        self._odd = np.zeros(len(states), dtype=np.int64)
-        self._scalars = scalars
-        self.steps = steps
         shared = {
-            TENSORS: address(self._tensors),
-            TENSOR_COUNT: len(self._tensors),
-            GROUPS: address(scalars.rows),
-            GROUP_COUNT: len(scalars.rows),
-            OWN_MEMORY: address(self._memory.blocks),
-            OWN_COUNT: len(self._memory.blocks),
-            NDARRAY: id(np.ndarray),
-            NONE: id(None),
-            ODD: address(self._odd),
+            field.TENSORS: address(rows.table),
+            field.TENSOR_COUNT: len(rows.table),
+            field.GROUPS: address(scalars.rows),
+            field.GROUP_COUNT: len(scalars.rows),
+            **gradients.fields,
         }
-        # Only the first counts.
+        # Only the first dtype's kernel counts the optimizer's step.
         uncounted = np.zeros_like(self.step_count)
         self.contexts = [
             Context(
                 shared,
-                self._tensors,
+                rows,
                 k,
-                dtype,
                 uncounted if k else self.step_count,
                 config.NUMBA_NUM_THREADS,
                 kernels.SERIAL_BELOW if parallel_works() else sys.maxsize,
             )
-            for k, dtype in enumerate(dtypes)
+            for k in range(len(rows.dtypes))
         ]
-        # What the kernels are called with, the gradients' addresses being in the table.
-        self._calls = [(each.address, 0) for each in self.contexts]
         self._context = self.contexts[0].address if self.contexts else 0
-        self._reads = bool(self.contexts) and gradients.works()
-        self._amsgrad = any(state.max_exp_avg_sq is not None for state in states)
-        self._average = any(state.ema is not None for state in states)
-        self.dtypes = dtypes
-        self._doubles = np.dtype(np.float64) in dtypes
+        self._doubles = np.dtype(np.float64) in rows.dtypes
         self.choose_kernels()
 
     def choose_kernels(self) -> None:
         """Have other kernels looked for: in a forked child, the parent's may not run."""
         for context in self.contexts:
             context.parallel &= parallel_works()
-        self._in_one_call = self._reads and [each.parallel for each in self.contexts] == [False]
-        self._kernels: dict[bool, list[Any]] = {}
-        self._tried: set[bool] = set()
+        parallel = [context.parallel for context in self.contexts]
+        self._in_one_call = self._gradients.compiled and parallel == [False]
+        self._updates: dict[bool, list[Any]] = {}
+
+    @property
+    def dtypes(self) -> list[np.dtype[Any]]:
+        """The parameters' dtypes, each once."""
+        return self._rows.dtypes
 
     @property
     def steps(self) -> npt.NDArray[np.int64]:
         """Steps that each parameter has had, in the order of the parameters."""
-        return self._tensors[:, STEP].copy()
+        return self._rows.table[:, layout.STEP].copy()
 
     @steps.setter
     def steps(self, steps: npt.NDArray[np.int64]) -> None:
-        self._tensors[:, STEP] = steps
+        self._rows.table[:, layout.STEP] = steps
 
     def counting(self, steps: npt.NDArray[np.int64], step_count: int) -> list[tuple[Any, ...]]:
         """Return calls, of functions in C, that set all counts of steps."""
         write = np.ndarray.__setitem__
         return [
-            (write, self._tensors[:, STEP], ..., steps),
+            (write, self._rows.table[:, layout.STEP], ..., steps),
             (write, self.step_count, 0, step_count),
         ]
 
-    def kernels(self, zero_grad: bool) -> list[Any]:
+    def _update_kernels(self, zero_grad: bool) -> list[Any]:
         """Return the update kernel for each dtype."""
-        updates = self._kernels.get(zero_grad)
+        updates = self._updates.get(zero_grad)
         if updates is None:
-            updates = self._kernels[zero_grad] = [
-                kernels.update_kernel(
-                    context.dtype,
-                    parallel=context.parallel,
-                    amsgrad=self._amsgrad,
-                    average=self._average,
-                    zero_grad=zero_grad,
-                )
-                for context in self.contexts
-            ]
+            updates = [self._update_kernel(context, zero_grad) for context in self.contexts]
+            self._updates[zero_grad] = updates
         return updates
+
+    def _update_kernel(self, context: Context, zero_grad: bool) -> Any:
+        return kernels.update_kernel(
+            context.dtype,
+            parallel=context.parallel,
+            roles=self._rows.roles,
+            zero_grad=zero_grad,
+        )
+
+    def _sum_kernel(self, context: Context, *, largest: bool) -> Any:
+        return kernels.sum_kernel(context.dtype, parallel=context.parallel, largest=largest)
 
     def step(self, grads: tuple[Any, ...], zero_grad: bool) -> int:
         """Take the step; return its number, from 0.
@@ -171,120 +133,70 @@ class Plan:
         Raises
         ------
         TypeError, ValueError
-            As `take_grads`.
+            As `Gradients.take`.
         """
         if self._in_one_call:
-            kernel = self.kernels(zero_grad)[0]
-            count = kernel(self._context, id(grads))
+            kernel = self._update_kernels(zero_grad)[0]
+            count = kernel(self._context, id(grads), 1.0)
             if count != kernels.REFUSED:
                 return count - 1  # type: ignore[no-any-return]
-            grads = self._take_odd(grads, zero_grad)
+            grads = self._gradients.take_unusual(self._context, grads, zero_grad)
         else:
-            grads = self.take_grads(grads, zero_grad)
-        return self.update(zero_grad)
+            grads = self._gradients.take(self._context, grads, zero_grad)
+        return self.update(zero_grad, 1.0)
 
     def take_grads(self, grads: tuple[Any, ...], writable: bool) -> tuple[Any, ...]:
-        """Check the gradients and note where they lie.
+        """Check the gradients and note where they are; see `Gradients.take`."""
+        return self._gradients.take(self._context, grads, writable)
 
-        Returns them, with plain arrays in the place of what else can be read.
+    def update(self, zero_grad: bool, clip: float) -> int:
+        """Take the step with the gradients that were taken last; return its number, from 0.
 
-        Raises
-        ------
-        TypeError, ValueError
-            If one does not fit its parameter, shares memory, or is read-only
-            where ``writable`` is asked for; if a parameter has become so.
+        The gradients are multiplied by ``clip``.
         """
-        if self._reads and kernels.look_kernel(self._context, id(grads), writable):
-            return grads
-        return self._take_odd(grads, writable)
-
-    def _take_odd(self, grads: tuple[Any, ...], writable: bool) -> tuple[Any, ...]:
-        """Check in Python what was not plainly right: to say what is wrong, or that nothing is."""
-        taken = list(grads)
-        odd: Any = range(len(taken))
-        if self._reads:
-            odd = self._odd[: self.contexts[0].fields[ODD_COUNT]].tolist()
-        for k in odd:
-            state, row = self._states[k], self._tensors[k]
-            check_param(state.param, state.label)
-            now = address(state.param), state.param.shape, dtype_mark(state.param.dtype)
-            if now != (row[PARAM], state.exp_avg.shape, row[DTYPE_MARK]):
-                raise ValueError(
-                    f"{state.label} must keep the memory, the shape and the dtype that it had"
-                    f" when the optimizer was made"
-                )
-            if grads[k] is not None:
-                taken[k] = take_grad(grads[k], state.param, self._labels[k], writable)
-        plain = tuple(taken)
-        # All over again: what other libraries ran meanwhile may have moved what was looked at.
-        if self._reads and kernels.look_kernel(self._context, id(plain), writable):
-            return plain
-        found = np.array([address(grad) for grad in plain], dtype=np.int64)
-        sizes = [0 if grad is None else grad.nbytes for grad in plain]
-        self._memory.check_apart(self._labels, found, np.array(sizes, dtype=np.int64))
-        if self._reads:
-            raise RuntimeError("params and grads must not change while a step looks at them")
-        self._tensors[:, GRAD] = found
-        return plain
-
-    def update(self, zero_grad: bool) -> int:
-        """Take the step with the gradients that were taken last; return its number, from 0."""
-        updates = self.kernels(zero_grad)
+        updates = self._update_kernels(zero_grad)
         with alone:
             if len(updates) == 1:
-                return updates[0](*self._calls[0]) - 1  # type: ignore[no-any-return]
+                return updates[0](self._context, 0, clip) - 1  # type: ignore[no-any-return]
             if not updates:
                 self.step_count += 1
-            else:
-                # What can fail, compiling and starting threads, must do so before the first write.
-                if zero_grad not in self._tried:
-                    for kernel, arguments in self._rehearsals(zero_grad, None):
-                        kernel(*arguments)
-                    self._tried.add(zero_grad)
-                # Two dtypes are all there are. A signal is acted on after a call returns,
-                # and nothing of Python's lies between the first return and the second call.
-                (kernel, second_kernel), (arguments, second_arguments) = updates, self._calls
-                try:
-                    kernel(*arguments)
-                finally:
-                    second_kernel(*second_arguments)
+                return int(self.step_count[0]) - 1
+            # Two dtypes are all there are. A signal is acted on after a call returns, and
+            # nothing of Python's lies between the first return and the second call.
+            kernel, second_kernel = updates
+            arguments, second_arguments = [(each.address, 0, clip) for each in self.contexts]
+            try:
+                kernel(*arguments)
+            finally:
+                second_kernel(*second_arguments)
             return int(self.step_count[0]) - 1
 
-    def zero_grads(self, grads: tuple[Any, ...]) -> None:
-        """Set gradients to 0, and leave all else."""
-        arrays = [np.asarray(grad) for grad in grads if grad is not None]
-        in_one_go([(np.ndarray.fill, array, 0) for array in arrays])
-
-    def rehearsals(self, nonfinite: str | None) -> list[tuple[Any, tuple[Any, ...]]]:
-        """Return calls of the kernels of all steps, each on nothing: to compile them.
+    def compilations(self, nonfinite: str | None) -> list[Callable[[], object]]:
+        """Return calls that each make a kernel of the steps to come, compiled or loaded.
 
         ``nonfinite`` is None where no norm is asked for.
         """
-        return self._rehearsals(False, nonfinite) + self._rehearsals(True, None)
-
-    def _rehearsals(
-        self, zero_grad: bool, nonfinite: str | None
-    ) -> list[tuple[Any, tuple[Any, ...]]]:
-        calls: list[tuple[Any, tuple[Any, ...]]] = []
-        norm = nonfinite is not None
-        # What norm calls for, and whether a step is skipped.
-        measured = [False, True] if self._doubles or nonfinite in ("skip", "raise") else [False]
-        for context, kernel in zip(self.contexts, self.kernels(zero_grad), strict=True):
-            for largest in measured if norm else []:
-                sum_kernel = kernels.sum_kernel(
-                    context.dtype, parallel=context.parallel, largest=largest
-                )
-                calls.append((sum_kernel, (context.nothing, 1.0)))
-            calls.append((kernel, (context.nothing, 0)))
-        if self._reads and not zero_grad and (norm or not self._in_one_call):
-            calls.insert(0, (kernels.look_kernel, (self.contexts[0].nothing, 0, zero_grad)))
-        return calls
+        calls: list[Callable[[], object]] = []
+        if self._gradients.compiled and (nonfinite is not None or not self._in_one_call):
+            calls.append(kernels.look_kernel)
+        if nonfinite is not None:
+            # The largest gradient: where squares leave the range, or a step may be skipped.
+            find_largest = self._doubles or nonfinite in ("skip", "raise")
+            calls += [
+                partial(self._sum_kernel, context, largest=largest)
+                for context in self.contexts
+                for largest in ((False, True) if find_largest else (False,))
+            ]
+        return calls + [
+            partial(self._update_kernel, context, zero_grad)
+            for zero_grad in (False, True)
+            for context in self.contexts
+        ]
 
     def limited_step(
         self,
         grads: tuple[Any, ...],
         zero_grad: bool,
-        lr: float,
         max_grad_norm: float | None,
         nonfinite: str,
     ) -> StepResult:
@@ -293,28 +205,33 @@ class Plan:
         Raises
         ------
         TypeError, ValueError
-            As `take_grads`.
+            As `Gradients.take`.
         FloatingPointError
             With ``nonfinite="raise"``, for a gradient that is not finite.
         """
-        grads, scalars = self.take_grads(grads, zero_grad), self._scalars
+        scalars = self._scalars
+        grads = self._gradients.take(self._context, grads, zero_grad)
         norm = self.norm(scalars.inverse)
-        if nonfinite != "propagate":
-            found = self._find_nonfinite(scalars.inverse, norm, scalars.largest)
-            if found is not None and nonfinite == "raise":
-                raise FloatingPointError(
-                    nonfinite_message(grads[found], self._labels[found], scalars.inverse)
-                )
-            if found is not None:
-                if zero_grad:
-                    self.zero_grads(grads)
-                return StepResult(int(self.step_count[0]), lr, norm, skipped=True)
-        scalars.clip(clip_coefficient(norm, max_grad_norm))
-        return StepResult(self.update(zero_grad), lr, norm)
+        if nonfinite != "propagate" and self._is_nonfinite(norm):
+            if nonfinite == "raise":
+                message = self._gradients.nonfinite_message(grads, scalars.inverse)
+                raise FloatingPointError(message)
+            if zero_grad:
+                self._zero_grads()
+            return StepResult(int(self.step_count[0]), scalars.lr, norm, skipped=True)
+        max_norm = math.inf if max_grad_norm is None else max_grad_norm
+        step = self.update(zero_grad, clip_coefficient(norm, max_norm))
+        return StepResult(step, scalars.lr, norm)
 
-    def prepare_replay(self, *_: Any) -> None:
+    def prepare_replay(self, max_grad_norm: float | None, nonfinite: str) -> None:  # noqa: ARG002
         """Refuse: there are no graphs here."""
         raise RuntimeError("prepare_replay needs parameters on a CUDA device, got NumPy arrays")
+
+    def _zero_grads(self) -> None:
+        """Set the gradients that were taken last to 0."""
+        for row in self._rows.table[self._rows.table[:, layout.GRAD] != 0]:
+            itemsize = self.dtypes[row[layout.DTYPE]].itemsize
+            ctypes.memset(int(row[layout.GRAD]), 0, int(row[layout.SIZE]) * itemsize)
 
     def norm(self, factor: float) -> float:
         """Return the global norm of the gradients that were taken last, times a factor > 0.
@@ -324,37 +241,32 @@ class Plan:
         """
         total = self._measure(1.0)
         # Squares of float32 neither vanish nor leave the range of float64.
-        if _SMALL < total < _LARGE or not self._doubles:
+        if is_exact(total) or not self._doubles:
             return math.sqrt(total) * factor
         largest = self._measure(1.0, largest=True)
         if largest == 0.0 or not math.isfinite(largest):
             return largest
         # Squares that would be infinite, or subnormal: a power of 2 takes no digit away.
-        scale = math.ldexp(1.0, min(-math.frexp(largest)[1], 1000))
+        scale = scale_for(largest)
         return math.sqrt(self._measure(scale)) * factor / scale
 
-    def _find_nonfinite(self, factor: float, norm: float, largest: float) -> int | None:
-        """Return the place of the first gradient that, times a factor, is not finite.
+    def _is_nonfinite(self, norm: float) -> bool:
+        """Whether a gradient that was taken last, divided by grad_scale, is not finite.
 
-        ``norm`` is that of all of them, and ``largest`` what their dtypes hold.
+        ``norm`` is that of all of them.
         """
         # As a rule the norm tells. Where it does not, elements are looked at: near the
         # largest number it may be the factor's own rounding that leads beyond it.
-        if norm <= 0.99 * largest or math.isfinite(self._measure(factor, largest=True)):
-            return None
-        first: list[int] = []
-        for context in self.contexts:
-            (chunks,) = np.nonzero(~np.isfinite(context.sums))
-            first += context.chunks[chunks[:1], CHUNK_TENSOR].tolist()
-        return min(first)
+        scalars = self._scalars
+        if norm <= 0.99 * scalars.largest:
+            return False
+        return not math.isfinite(self._measure(scalars.inverse, largest=True))
 
     def _measure(self, scale: float, *, largest: bool = False) -> float:
         """Sum the squares of the gradients, times a factor, or find the largest of them."""
         with alone:
             found = [
-                kernels.sum_kernel(context.dtype, parallel=context.parallel, largest=largest)(
-                    context.address, scale
-                )
+                self._sum_kernel(context, largest=largest)(context.address, scale)
                 for context in self.contexts
             ]
         if largest:

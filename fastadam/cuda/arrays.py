@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from ..backends import on_device
 from ..params.arrays import DTYPES
-from ..state.state_dict import ALIGNMENT
+from ..state.storage import ALIGNMENT, offsets
 from . import launch
 
 
@@ -90,6 +90,11 @@ class DeviceArray:
 
     def __repr__(self) -> str:
         return f"DeviceArray(shape={self.shape}, dtype={self.dtype}, device={self.device})"
+
+
+def place_of(array: DeviceArray) -> int:
+    """Return where an array lies."""
+    return array.address
 
 
 def _strides(shape: Sequence[int], itemsize: int, order: str) -> tuple[int, ...]:
@@ -268,15 +273,14 @@ def allocate(likes: Sequence[DeviceArray]) -> list[DeviceArray]:
     if not likes:
         return []
     device = max(0, *(like.device for like in likes))
-    sizes = [-(-like.nbytes // ALIGNMENT) * ALIGNMENT for like in likes]
+    starts, total = offsets(like.nbytes for like in likes)
     with launch.context(device):
-        buffer = OwnBuffer(sum(sizes) + ALIGNMENT)
-        start = buffer.address + -buffer.address % ALIGNMENT
-        if sum(sizes):
-            launch.clear(start, sum(sizes), 0)
+        buffer = OwnBuffer(total + ALIGNMENT)
+        base = buffer.address + -buffer.address % ALIGNMENT
+        if total:
+            launch.clear(base, total, 0)
             launch.synchronize(0)
-    arrays = []
-    for like, size in zip(likes, sizes, strict=True):
-        arrays.append(DeviceArray(buffer, start, like.shape, like.dtype, like.order, device))
-        start += size
-    return arrays
+    return [
+        DeviceArray(buffer, base + start, like.shape, like.dtype, like.order, device)
+        for like, start in zip(likes, starts, strict=True)
+    ]

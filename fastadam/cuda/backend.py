@@ -1,25 +1,48 @@
-"""The backend of arrays on a CUDA device: what `_backend.Backend` asks for."""
+"""The backend of arrays on a CUDA device: what `backends.Backend` asks for."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ..params.groups import Groups
+from ..state.param_state import ParamState
+from ..update.rows import Rows
 from . import launch
-from .arrays import DeviceArray, allocate, view
-from .scalars import DeviceScalars as Scalars
-from .stepper import Plan
+from .arrays import DeviceArray, allocate, place_of, view
+from .gradients import Gradients
+from .scalars import DeviceScalars
+from .stepper import Stepper
 
 __all__ = [
-    "Plan",
-    "Scalars",
     "allocate",
     "assign",
     "check_copyable",
+    "make_scalars",
+    "make_stepper",
     "take_param",
     "to_host",
     "writing",
 ]
+
+
+def make_scalars(groups: Groups) -> DeviceScalars:
+    """Return the table of the groups' hyperparameters."""
+    return DeviceScalars(groups)
+
+
+def make_stepper(
+    states: Sequence[ParamState],
+    labels: Sequence[str],
+    steps: npt.NDArray[np.int64],
+    step_count: int,
+    scalars: Any,
+) -> Stepper:
+    """Return what takes the steps of these parameters."""
+    device = max(0, *(state.param.device for state in states))
+    rows = Rows.of(states, place_of, steps)
+    return Stepper(rows, scalars, Gradients(states, labels), step_count, device)
 
 
 def take_param(array: Any, label: str) -> DeviceArray:

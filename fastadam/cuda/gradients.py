@@ -7,16 +7,29 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numba import types
 
-from ..cpu import gradients, intrinsics
+from ..cpu import intrinsics, numpy_structs
 from ..params.arrays import address, check_alike
 from ..params.memory import Memory
-from .arrays import OWN, DeviceArray, glance, has_data_ptr, stream_key, stream_source, view
+from ..state.param_state import ParamState, all_arrays
+from ..update.limits import nonfinite_message
+from .arrays import (
+    OWN,
+    DeviceArray,
+    current_stream,
+    glance,
+    has_data_ptr,
+    place_of,
+    stream_key,
+    stream_source,
+    view,
+)
 
 
 @functools.cache
 def _are_the_same() -> Any:
-    return intrinsics.kernel(gradients.are_the_same)
+    return intrinsics.kernel(numpy_structs.are_the_same, (types.int64,) * 4)
 
 
 @functools.cache
@@ -33,17 +46,20 @@ def lie_at(tensors: list[Any], places: list[int]) -> bool:
     return [tensor.data_ptr() for tensor in tensors] == places
 
 
-class Grads:
+class Gradients:
     """Where the gradients of the last step lay, and what told so.
 
     Parameters
     ----------
-    params : sequence of DeviceArray
+    states : sequence of ParamState
         The parameters that they must fit.
     labels : sequence of str
         What each gradient is called in messages.
-    memory : Memory
-        What they may not share memory with.
+
+    Raises
+    ------
+    ValueError
+        If parameters share memory.
 
     Attributes
     ----------
@@ -54,10 +70,14 @@ class Grads:
         its own, what tells that stream.
     """
 
-    def __init__(
-        self, params: Sequence[DeviceArray], labels: Sequence[str], memory: Memory
-    ) -> None:
-        self._params, self._labels, self._memory = params, labels, memory
+    def __init__(self, states: Sequence[ParamState], labels: Sequence[str]) -> None:
+        self._states, self._labels = states, labels
+        self._memory = Memory.of(all_arrays(states), place_of)
+        self._params: list[DeviceArray] = [state.param for state in states]
+        params = self._params
+        owners = [param.owner for param in params]
+        self._tensor_params = [owner for owner in owners if has_data_ptr(owner)]
+        self._tensor_param_places = [tensor.data_ptr() for tensor in self._tensor_params]
         self.places = np.zeros(len(params), dtype=np.int64)
         self._nbytes = np.array([param.nbytes for param in params], dtype=np.int64)
         self._own_key = stream_key(params[0])
@@ -79,14 +99,40 @@ class Grads:
         Raises
         ------
         TypeError, ValueError
-            If one does not fit its parameter, or shares memory. Nothing is then
-            remembered of them.
+            If one does not fit its parameter, or shares memory; if a parameter has
+            been moved. Nothing is then remembered of them.
         """
+        self._check_params()
         if not (self._writable or not writable) or not self._are_known(grads):
             self._look(grads, writable)
 
+    def _check_params(self) -> None:
+        """Refuse a parameter that lies elsewhere now, as a tensor can."""
+        if not self._tensor_params or lie_at(self._tensor_params, self._tensor_param_places):
+            return
+        for state in self._states:
+            param = state.param
+            if has_data_ptr(param.owner) and param.owner.data_ptr() != param.address:
+                raise ValueError(
+                    f"{state.label} must keep the memory that it had when the optimizer was made"
+                )
+
+    def current_stream(self) -> int:
+        """Return the stream on which the first parameter's library works now."""
+        return current_stream(self._params[0])
+
+    def nonfinite_message(self, grads: tuple[Any, ...], factor: float) -> str | None:
+        """Return a message on the first element that, times a factor, is not finite."""
+        for grad, label in zip(grads, self._labels, strict=True):
+            if grad is not None:
+                on_host = view(grad, label, writable=False).copy_to_host()
+                message = nonfinite_message(on_host, label, factor)
+                if message is not None:
+                    return message
+        return None
+
     def _are_known(self, grads: tuple[Any, ...]) -> bool:
-        if not self._references or not gradients.references_work():
+        if not self._references or not numpy_structs.references_work():
             return False
         if not _are_the_same()(id(grads), self._references_at, len(grads), id(None)):
             return False

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..update import formula
-from ..update.tables import (
+from ..update import formula, limits
+from ..update.layout import (
     BETA1,
     BETA2,
     CHUNK_COLUMNS,
@@ -28,15 +28,15 @@ from ..update.tables import (
     ONE_MINUS_EMA_DECAY,
     ROW,
     STEP,
+    TENSOR_COLUMNS,
     WEIGHT_DECAY,
 )
-from ..update.tables import DTYPE as TENSOR_DTYPE
+from ..update.layout import DTYPE as TENSOR_DTYPE
 from . import launch
 from .launch import Kernel, convert, cuda, float64, fma, load, mul, store
 from .layout import (
     CHUNK_COUNT,
     CHUNKS,
-    COLUMNS,
     CONTEXT_COUNT,
     CONTEXT_SIZE,
     COUNT,
@@ -74,9 +74,6 @@ SETTLE_THREADS = 512
 AHEAD = 16
 # Parts added at a time, and how many sums of segments wait for another of as many.
 SEGMENT, WAITING = 1024, 64
-# Sums of squares between these are neither short of digits nor infinite.
-SMALL, LARGE = 1e-280, 1e300
-LARGEST_SCALE = 1000
 
 INT64, DOUBLE, SINGLE, ONE = np.int64(0), np.float64(0), np.float32(0), np.float64(1)
 SINGLE_TINY, DOUBLE_TINY = (np.float64(np.finfo(kind).tiny) for kind in (np.float32, np.float64))
@@ -88,6 +85,9 @@ MEASURE: Any = None
 ASK: Any = None
 
 
+clip_coefficient = launch.inline(limits.clip_coefficient)
+is_exact = launch.inline(limits.is_exact)
+scale_for = launch.inline(limits.scale_for)
 one_minus_power = launch.inline(formula.bind(formula.one_minus_power, fma=fma, mul=mul))
 step_scalars = launch.inline(
     formula.bind(formula.step_scalars, fma=fma, one_minus_power=one_minus_power, math=launch.root)
@@ -178,11 +178,11 @@ def add_pairs(values: Any, count: Any, find_largest: Any, thread: Any, threads: 
 
 
 @launch.inline
-def scale_for(total: Any, largest: Any) -> Any:
+def scale_if_needed(total: Any, largest: Any) -> Any:
     """Return the power of 2 that keeps squares in range, 1 if they are, or if none would."""
-    if (SMALL < total and total < LARGE) or largest == 0.0 or not largest < np.inf:  # noqa: SIM300
+    if is_exact(total) or largest == 0.0 or not largest < np.inf:
         return 1.0
-    return math.ldexp(1.0, min(-math.frexp(largest)[1], LARGEST_SCALE))
+    return scale_for(largest)
 
 
 @launch.inline
@@ -194,18 +194,9 @@ def is_beyond(largest: Any, factor: Any, is_double: Any) -> Any:
 
 
 @launch.inline
-def clip_coefficient(norm: Any, max_norm: Any) -> Any:
-    """As `_limits.clip_coefficient`, with infinity for None."""
-    if not max_norm < np.inf:
-        return 1.0
-    coefficient = max_norm / (norm + 1e-6)
-    return 1.0 if coefficient > 1.0 else coefficient
-
-
-@launch.inline
 def prepare(context: Any, k: Any, groups: Any, coefficient: Any) -> None:
     """Count the step of a tensor, and write its scalars."""
-    tensor = load(context, TENSORS, INT64) + k * (8 * COLUMNS)
+    tensor = load(context, TENSORS, INT64) + k * (8 * TENSOR_COLUMNS)
     step = load(tensor, STEP, INT64) + 1
     store(tensor, STEP, step)
     group = groups + load(tensor, GROUP, INT64) * (8 * GROUP_COLUMNS)
@@ -307,9 +298,9 @@ def settle(contexts: Any, result: Any) -> None:
             largest = larger(largest, own)
         if MEASURE is not None:
             if thread == 0:
-                store(scale_place, 0, convert(scale_for(total, largest), DOUBLE))
+                store(scale_place, 0, convert(scale_if_needed(total, largest), DOUBLE))
             return
-        if scale == 1.0 and not (SMALL < total and total < LARGE):  # noqa: SIM300
+        if scale == 1.0 and not is_exact(total):
             norm = largest
         else:
             norm = mul(math.sqrt(total), factor) / scale
@@ -328,7 +319,7 @@ def settle(contexts: Any, result: Any) -> None:
         present = load(grads, k, INT64) != 0 and not skipped
         if present:
             prepare(contexts, k, groups, coefficient)
-        store(tensors + k * (8 * COLUMNS), ROW, INT64 if present else INT64 - 1)
+        store(tensors + k * (8 * TENSOR_COLUMNS), ROW, INT64 if present else INT64 - 1)
     cuda.syncthreads()  # all have read the count
     if thread == 0:
         if result != 0:
@@ -342,10 +333,9 @@ def update_threads(dtype: np.dtype[Any]) -> int:
 
 
 @functools.cache
-def update_kernel(
-    dtype: np.dtype[Any], *, amsgrad: bool, average: bool, zero_grad: bool
-) -> Kernel:
-    """Return the kernel that has these options, and nothing of the others."""
+def update_kernel(dtype: np.dtype[Any], *, roles: frozenset[str], zero_grad: bool) -> Kernel:
+    """Return the kernel for these arrays of state, and without code for any other."""
+    amsgrad, average = "max_exp_avg_sq" in roles, "ema" in roles
     return Kernel(
         update,
         2,

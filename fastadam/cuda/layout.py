@@ -1,9 +1,5 @@
-"""How the tables on a CUDA device are laid out; those of `_tables` are there too."""
+"""What each field of the device's own tables is; those all backends share: `update.layout`."""
 
-from ..update.tables import ROW
-
-# Of the table of tensors a device has the columns up to here.
-COLUMNS = ROW + 1
 # Bytes from one tensor's scalars to the next one's: 12 of any type, and a cache line.
 ROW_BYTES = 128
 

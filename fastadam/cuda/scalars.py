@@ -20,8 +20,8 @@ MOST_TABLES = 16
 class StepCount:
     """The count of steps, as an array of one, waited for only where the device alone knows it."""
 
-    def __init__(self, plan: Any, count: int) -> None:
-        self._plan = weakref.proxy(plan)  # whose memory is to go when the optimizer does
+    def __init__(self, stepper: Any, count: int) -> None:
+        self._stepper = weakref.proxy(stepper)  # whose memory is to go when the optimizer does
         self._known = np.array([count], dtype=np.int64)
         # Steps that may yet turn out to be skipped, oldest first; whether some are in a graph.
         self._pending: deque[Outcome] = deque()
@@ -48,7 +48,7 @@ class StepCount:
         pending = self._pending
         with self._lock:
             if pending:
-                with self._plan.asking():
+                with self._stepper.asking():
                     while pending and (pending[0].is_past() or len(pending) >= MOST_TABLES):
                         self._take_oldest()
             known = int(self._known[0])
@@ -62,21 +62,21 @@ class StepCount:
     def __getitem__(self, place: int) -> int:
         with self._lock:
             if self.replayed or self._pending:
-                with self._plan.asking():
+                with self._stepper.asking():
                     self._ask()
             return int(self._known[0])
 
     def _ask(self) -> None:
         # Of a step that goes into a graph nobody knows its number.
-        if self.replayed and not self._plan.is_capturing():
-            self._known[0] = self._plan.read_count()
+        if self.replayed and not self._stepper.is_capturing():
+            self._known[0] = self._stepper.read_count()
             self._pending.clear()
         while self._pending:
             self._take_oldest()
 
     def __setitem__(self, place: int, count: int) -> None:
         with self._lock:
-            self._plan.write_count(count)
+            self._stepper.write_count(count)
             self._known[0] = count
             self._pending.clear()
 

@@ -1,24 +1,22 @@
 """What stands between the facade and a CUDA device: tables there, and the launches."""
 
 import contextlib
+import functools
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..params.memory import Memory
-from ..state.state_dict import ParamState, all_arrays
-from ..update.limits import nonfinite_message
 from ..update.result import Outcome, PendingResult, StepResult
+from ..update.rows import Rows
 from . import kernels, launch, layout
-from .arrays import DeviceArray, current_stream, has_data_ptr, view
-from .gradients import Grads, lie_at
+from .gradients import Gradients
 from .messages import SLOTS, Mailbox, Results
 from .scalars import MOST_TABLES, DeviceScalars, StepCount
-from .tables import CAPTURED, EAGER, DeviceTables, place_of
+from .tables import CAPTURED, EAGER, DeviceTables
 
 # Blocks for each multiprocessor that are worth halving chunks for, and how often.
 BLOCKS_EACH, MOST_HALVINGS = 8, 3
@@ -40,65 +38,56 @@ def take(calls: Iterable[Callable[[], object]]) -> None:
             raise RuntimeError(f"the CUDA driver says {told[0]}")
 
 
-class Plan:
-    """Where parameters and gradients lie on a device, and how a step is started there.
+class Stepper:
+    """Rows of parameters on a device, and how a step is started there.
 
-    Parameters, and what they are good for, are those of the CPU's `_plan.Plan`.
-
-    Raises
-    ------
-    ValueError
-        If parameters share memory.
+    Parameters
+    ----------
+    rows : Rows
+        Where parameters and state are.
+    scalars : DeviceScalars
+        The groups' hyperparameters, read in every step.
+    gradients : Gradients
+        Notes where the gradients are.
+    step_count : int
+        Steps of the optimizer.
+    device : int
+        Where all of this is.
     """
 
     def __init__(
         self,
-        states: Sequence[ParamState],
-        labels: Sequence[str],
-        steps: npt.NDArray[np.int64],
-        step_count: int,
+        rows: Rows,
         scalars: DeviceScalars,
+        gradients: Gradients,
+        step_count: int,
+        device: int,
     ) -> None:
-        self._states, self._labels, self._scalars = states, labels, scalars
-        self._params: list[DeviceArray] = [state.param for state in states]
-        self.device = max(0, *(param.device for param in self._params))
-        self._memory = Memory.of(all_arrays(states), place_of)
-        self.dtypes = list(dict.fromkeys(state.param.dtype for state in states))
-        self._amsgrad = any(state.max_exp_avg_sq is not None for state in states)
-        self._average = any(state.ema is not None for state in states)
+        self._scalars, self._gradients, self.device = scalars, gradients, device
+        self.dtypes, self._roles, count = rows.dtypes, rows.roles, len(rows.table)
         self._doubles = any(dtype.itemsize > 4 for dtype in self.dtypes)
         self._compiled: set[tuple[bool, str | None]] = set()
         self._hyper = np.zeros(layout.HYPER_TABLES + MOST_TABLES * scalars.rows.size)
-        with launch.context(self.device):
+        with launch.context(device):
             self._tables = DeviceTables(
-                states,
-                self.dtypes,
-                steps,
-                step_count,
-                len(scalars.rows),
-                self._hyper.size,
-                self.device,
+                rows, step_count, len(scalars.rows), self._hyper.size, device
             )
-            self._hyper_mail, self._grad_mail = Mailbox(self._hyper.size), Mailbox(len(states))
-            self._results, self._order = Results(self.device), launch.Event()
-            self._side = launch.side_stream(self.device)
-            enough = BLOCKS_EACH * launch.multiprocessors(self.device)
+            self._hyper_mail, self._grad_mail = Mailbox(self._hyper.size), Mailbox(count)
+            self._results, self._order = Results(device), launch.Event()
+            self._side = launch.side_stream(device)
+            enough = BLOCKS_EACH * launch.multiprocessors(device)
         self._halvings = [
             sum(each << k < enough for k in range(MOST_HALVINGS))
             for each in self._tables.chunk_counts
         ]
-        most = max(len(states), *self._tables.part_counts)
+        most = max(count, *self._tables.part_counts)
         threads = kernels.SETTLE_THREADS if most > 256 else 256
         self._settle_threads = min(threads, launch.MOST_THREADS)
         self.step_count = StepCount(self, step_count)
-        self._grads = Grads(self._params, labels, self._memory)
-        owners = [param.owner for param in self._params]
-        self._tensor_params = [owner for owner in owners if has_data_ptr(owner)]
-        self._tensor_places = [tensor.data_ptr() for tensor in self._tensor_params]
         # What the device has been sent: hyperparameters, addresses; those of the graphs.
         self._sent_hyper = [b"", b""]
-        self._sent_places = np.zeros(len(states), dtype=np.int64)
-        self._graph_places = np.zeros(len(states), dtype=np.int64)
+        self._sent_places = np.zeros(count, dtype=np.int64)
+        self._graph_places = np.zeros(count, dtype=np.int64)
         self._graph_limited = False
 
     # What the facade reads and writes.
@@ -131,7 +120,7 @@ class Plan:
     def is_capturing(self) -> bool:
         """Whether a step taken now would go into a graph."""
         with launch.context(self.device):
-            return launch.is_capturing(current_stream(self._params[0]))
+            return launch.is_capturing(self._gradients.current_stream())
 
     def read_count(self) -> int:
         """Return the device's own count of steps, once all its work is done."""
@@ -143,29 +132,6 @@ class Plan:
 
     # A step.
 
-    def _check_params(self) -> None:
-        """Refuse a parameter that lies elsewhere now, as a tensor can."""
-        if not self._tensor_params or lie_at(self._tensor_params, self._tensor_places):
-            return
-        for state in self._states:
-            param = state.param
-            if has_data_ptr(param.owner) and param.owner.data_ptr() != param.address:
-                raise ValueError(
-                    f"{state.label} must keep the memory that it had when the optimizer was made"
-                )
-
-    def take_grads(self, grads: tuple[Any, ...], writable: bool) -> None:
-        """Check parameters and gradients, and note where the gradients lie.
-
-        Raises
-        ------
-        TypeError, ValueError
-            If a gradient does not fit its parameter, shares memory, or is read-only
-            where ``writable`` is asked for; if a parameter has been moved.
-        """
-        self._check_params()
-        self._grads.take(grads, writable)
-
     def step(self, grads: tuple[Any, ...], zero_grad: bool) -> int:
         """Start the step; return its number, from 0.
 
@@ -175,12 +141,12 @@ class Plan:
         Raises
         ------
         TypeError, ValueError
-            As `take_grads`.
+            As `Gradients.take`.
         RuntimeError
             If the step goes into a graph that another cannot share the tables with.
         """
         with launch.context(self.device):
-            self.take_grads(grads, zero_grad)
+            self._gradients.take(grads, zero_grad)
             self._compile(zero_grad, None)
             number = self.step_count[0]
             with self._stream(limits=None) as (stream, graph):
@@ -194,7 +160,6 @@ class Plan:
         self,
         grads: tuple[Any, ...],
         zero_grad: bool,
-        lr: float,  # noqa: ARG002
         max_grad_norm: float | None,
         nonfinite: str,
     ) -> StepResult:
@@ -208,7 +173,7 @@ class Plan:
             With ``nonfinite="raise"``, which waits for the device.
         """
         with launch.context(self.device):
-            self.take_grads(grads, zero_grad)
+            self._gradients.take(grads, zero_grad)
             self._compile(zero_grad, nonfinite)
             limits, lr_of = (max_grad_norm, nonfinite), self._scalars.lr_of()
             with self._stream(limits) as (stream, graph):
@@ -237,18 +202,15 @@ class Plan:
 
     def _raise_if_skipped(self, outcome: Outcome, grads: tuple[Any, ...]) -> None:
         if outcome.resolve().skipped:
-            for grad, label in zip(grads, self._labels, strict=True):
-                if grad is not None:
-                    on_host = view(grad, label, writable=False).copy_to_host()
-                    message = nonfinite_message(on_host, label, self._scalars.inverse)
-                    if message is not None:
-                        raise FloatingPointError(message)
+            raise FloatingPointError(
+                self._gradients.nonfinite_message(grads, self._scalars.inverse)
+            )
 
     @contextlib.contextmanager
     def _stream(self, limits: Any) -> Iterator[tuple[int, int]]:
         """Bring the device's tables up to date; wait, on the device, for who else works there."""
-        stream = current_stream(self._params[0])
-        named = {visitor() for visitor in self._grads.visitors}
+        stream = self._gradients.current_stream()
+        named = {visitor() for visitor in self._gradients.visitors}
         graph = CAPTURED if launch.is_capturing(stream) else EAGER
         # An array that names no stream may be used in the default one, but not in a graph.
         others = {each or 0 for each in named if each is not None or graph == EAGER} - {stream}
@@ -275,7 +237,9 @@ class Plan:
         if limits is not None and limits[1] == "raise":
             raise RuntimeError("nonfinite='raise' waits for the device: not in a CUDA graph")
         self._graph_limited = limits is not None
-        if self.step_count.replayed and not np.array_equal(self._graph_places, self._grads.places):
+        if self.step_count.replayed and not np.array_equal(
+            self._graph_places, self._gradients.places
+        ):
             raise RuntimeError(
                 "gradients must lie, for every CUDA graph that has a step of this optimizer,"
                 " where they lay for the first"
@@ -284,7 +248,7 @@ class Plan:
     def _send(self, limits: Any, stream: int) -> None:
         """Send hyperparameters and the gradients' addresses, if they are not there already."""
         self._send_hyper(limits, stream, EAGER)
-        places = self._grads.places
+        places = self._gradients.places
         if self._sent_places is not places:
             if not np.array_equal(self._sent_places, places):
                 self._grad_mail.send(places, self._tables.places["grads0"], stream)
@@ -294,7 +258,7 @@ class Plan:
         """Do the same at once, not when the graph is replayed."""
         self._send_hyper(limits, self._side, CAPTURED)
         if not self.step_count.replayed:
-            self._graph_places = self._grads.places.copy()
+            self._graph_places = self._gradients.places.copy()
             self._grad_mail.send(self._graph_places, self._tables.places["grads1"], self._side)
         self.step_count.replayed = True
         launch.synchronize(self._side)
@@ -336,7 +300,7 @@ class Plan:
             )
         with launch.context(self.device):
             limits = (max_grad_norm, nonfinite) if limited else None
-            self._send_hyper(limits, current_stream(self._params[0]), CAPTURED)
+            self._send_hyper(limits, self._gradients.current_stream(), CAPTURED)
 
     def _sum(self, stream: int, graph: int) -> None:
         """Start what sums the squares of the gradients."""
@@ -369,9 +333,7 @@ class Plan:
 
     def _update_kernels(self, zero_grad: bool) -> list[launch.Kernel]:
         return [
-            kernels.update_kernel(
-                dtype, amsgrad=self._amsgrad, average=self._average, zero_grad=zero_grad
-            )
+            kernels.update_kernel(dtype, roles=self._roles, zero_grad=zero_grad)
             for dtype in self.dtypes
         ]
 
@@ -393,10 +355,14 @@ class Plan:
                 kernel.prepare()
             self._compiled.add((zero_grad, nonfinite))
 
-    def rehearsals(self, nonfinite: str | None) -> list[tuple[Any, tuple[Any, ...]]]:
-        """Return calls that compile the kernels of all steps."""
+    def compilations(self, nonfinite: str | None) -> list[Callable[[], object]]:
+        """Return calls that each compile a kernel of the steps to come.
+
+        ``nonfinite`` is None where no norm is asked for.
+        """
         updates = self._update_kernels(False) + self._update_kernels(True)
-        return [(self._prepare, (kernel,)) for kernel in updates + self._kernels(nonfinite)]
+        needed = updates + self._kernels(nonfinite)
+        return [functools.partial(self._prepare, kernel) for kernel in needed]
 
     def _prepare(self, kernel: launch.Kernel) -> None:
         with launch.context(self.device):

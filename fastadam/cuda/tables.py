@@ -1,16 +1,15 @@
 """The tables of one optimizer on a CUDA device."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..params.arrays import address
-from ..state.state_dict import ParamState
-from ..update.tables import DTYPE, SIZE, STEP, chunk_table, tensor_table
+from ..state.storage import offsets
+from ..update.layout import STEP, TENSOR_COLUMNS
+from ..update.rows import Rows
 from . import kernels, launch, layout
-from .arrays import DeviceArray
 
 # A step reads its gradients' addresses and its hyperparameters from one of two tables.
 EAGER, CAPTURED = range(2)
@@ -18,22 +17,13 @@ EAGER, CAPTURED = range(2)
 LINE = 128
 
 
-def place_of(array: DeviceArray | None) -> int:
-    """Return where an array lies, 0 for None."""
-    return 0 if array is None else array.address
-
-
 class DeviceTables:
     """What the kernels read and write beside the arrays, in one buffer.
 
     Parameters
     ----------
-    states : sequence of ParamState
-        The parameters.
-    dtypes : sequence of dtype
-        Theirs, each once.
-    steps : int64 array
-        Steps that each has had.
+    rows : Rows
+        Where parameters and state are.
     step_count : int
         Steps of the optimizer.
     groups, hyper_words : int
@@ -51,32 +41,28 @@ class DeviceTables:
 
     def __init__(
         self,
-        states: Sequence[ParamState],
-        dtypes: Sequence[np.dtype[Any]],
-        steps: npt.NDArray[np.int64],
+        rows: Rows,
         step_count: int,
         groups: int,
         hyper_words: int,
         device: int,
     ) -> None:
-        self._device, self._count, self._dtype_count = device, len(states), len(dtypes)
-        tensors = tensor_table(states, dtypes, place_of)
-        tensors[:, STEP] = steps
+        dtypes = rows.dtypes
+        self._device, self._count, self._dtype_count = device, len(rows.table), len(dtypes)
         parts: dict[str, npt.NDArray[Any]] = {
-            "tensors": np.ascontiguousarray(tensors[:, : layout.COLUMNS]),
+            "tensors": rows.table,
             "hyper0": np.zeros(hyper_words),
             "hyper1": np.zeros(hyper_words),
             "scale": np.ones(1),
             "step_count": np.array([step_count]),
             "is_double": np.array([dtype.itemsize > 4 for dtype in dtypes], np.int64),
-            "grads0": np.zeros(len(states), np.int64),
-            "grads1": np.zeros(len(states), np.int64),
-            "rows": np.zeros(len(states) * layout.ROW_BYTES, np.uint8),
+            "grads0": np.zeros(self._count, np.int64),
+            "grads1": np.zeros(self._count, np.int64),
+            "rows": np.zeros(self._count * layout.ROW_BYTES, np.uint8),
         }
         self.chunk_counts, self.part_counts = [], []
-        for k, dtype in enumerate(dtypes):
-            members = np.flatnonzero(tensors[:, DTYPE] == k)
-            chunks = chunk_table(members, tensors[members, SIZE], dtype.itemsize)
+        for k in range(len(dtypes)):
+            chunks = rows.chunks(k)
             self.chunk_counts.append(len(chunks))
             self.part_counts.append(-(-len(chunks) // kernels.WARPS))
             parts[f"chunks{k}"] = chunks
@@ -85,17 +71,15 @@ class DeviceTables:
         contexts = np.zeros((2, len(dtypes), layout.CONTEXT_SIZE), np.int64)
         parts["contexts"] = contexts
 
-        offsets, end = {}, 0
-        for name, part in parts.items():
-            offsets[name], end = end, end + -(-part.nbytes // LINE) * LINE
+        starts, end = offsets((part.nbytes for part in parts.values()), LINE)
         self._buffer = launch.allocate(end + LINE)
         base = launch.address_of_buffer(self._buffer)
         base += -base % LINE
-        self.places = {name: base + offset for name, offset in offsets.items()}
+        self.places = {name: base + start for name, start in zip(parts, starts, strict=True)}
         self._fill(contexts, groups)
         image = np.zeros(end, np.uint8)
-        for name, part in parts.items():
-            image[offsets[name] : offsets[name] + part.nbytes] = part.reshape(-1).view(np.uint8)
+        for start, part in zip(starts, parts.values(), strict=True):
+            image[start : start + part.nbytes] = part.reshape(-1).view(np.uint8)
         launch.upload(base, address(image), end, 0)
         launch.synchronize(0)
 
@@ -152,4 +136,4 @@ class DeviceTables:
         self.write("tensors", tensors)
 
     def _tensors(self) -> npt.NDArray[np.int64]:
-        return self.read("tensors", self._count * layout.COLUMNS).reshape(-1, layout.COLUMNS)
+        return self.read("tensors", self._count * TENSOR_COLUMNS).reshape(-1, TENSOR_COLUMNS)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from ..update import formula
-from ..update.tables import (
+from ..update.layout import (
     CHUNK,
     CHUNK_COLUMNS,
     CHUNK_OFFSET,
@@ -17,10 +17,11 @@ from ..update.tables import (
     MAX_EXP_AVG_SQ,
     PARAM,
     ROW,
+    TENSOR_COLUMNS,
 )
 from . import launch
 from .launch import cuda, fma, load, load4, only_if, store, store4
-from .layout import CHUNKS, COLUMNS, GRADS, ROW_BYTES, ROWS, TENSORS
+from .layout import CHUNKS, GRADS, ROW_BYTES, ROWS, TENSORS
 
 INT64 = np.int64(0)
 # What the kernel is compiled for: the parameters' type, and for each option True, or None
@@ -142,7 +143,7 @@ def update(context: Any, halvings: Any) -> None:
     zero, thread, threads = FLOAT(0), cuda.threadIdx.x, cuda.blockDim.x
     chunk = load(context, CHUNKS, INT64) + (cuda.blockIdx.x >> halvings) * (8 * CHUNK_COLUMNS)
     t = load(chunk, CHUNK_TENSOR, INT64)
-    tensor = load(context, TENSORS, INT64) + t * (8 * COLUMNS)
+    tensor = load(context, TENSORS, INT64) + t * (8 * TENSOR_COLUMNS)
     grad = load(load(context, GRADS, INT64), t, INT64)
     part = CHUNK >> halvings
     start = (cuda.blockIdx.x & ((1 << halvings) - 1)) * part

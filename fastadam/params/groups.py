@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from .. import backends
-from ..state.state_dict import ParamState, by_group
+from ..state import roles
+from ..state.param_state import ParamState, by_group, new_state
 from . import hyperparameters
 from .containers import Container, FixedSequence, check_given, grads_hint
 from .names import suggestion
@@ -144,7 +145,7 @@ class Groups:
         for key, param, name, own in zip(
             keys, params, labels, self._new_state(params), strict=True
         ):
-            self.states.append(ParamState(key, name, param, place, *own))
+            self.states.append(ParamState(key, name, param, place, param.shape, own))
         options["params"] = tuple(container.arrays)
         if container.names is not None:
             options["param_names"] = tuple(container.names)
@@ -180,30 +181,21 @@ class Groups:
         for k, container in enumerate(self.containers):
             self.labels += container.labels(f"grads[{k}]" if self.nested else "grads")
 
-    def _new_state(self, params: Sequence[Any]) -> Iterable[tuple[Any, Any, Any, Any]]:
-        """Return the moments and averages of new parameters."""
-        kinds = 2 + self.amsgrad + (self.ema_decay is not None)
+    def _new_state(self, params: Sequence[Any]) -> list[dict[str, Any]]:
+        """Return the state of new parameters, arrays by name for each."""
+        options = {"amsgrad": self.amsgrad, "ema_decay": self.ema_decay is not None}
         backend = backends.of(params[0] if params else None)
-        places = backend.allocate(list(params) * kinds)
-        columns = [places[k * len(params) : (k + 1) * len(params)] for k in range(kinds)]
-        nothing = [None] * len(params)
-        exp_avg, exp_avg_sq = columns[:2]
-        largest = columns[2] if self.amsgrad else nothing
-        ema = nothing if self.ema_decay is None else columns[-1]
-        for average, param in zip(ema, params, strict=True):
-            if average is not None:
-                backend.assign(average, param)
-        return zip(exp_avg, exp_avg_sq, largest, ema, strict=True)
+        kept = roles.kept(name for name, on in options.items() if on)
+        return new_state(params, kept, backend.allocate, backend.assign)
 
     def rehouse(self) -> None:
         """Move the state, which unpickling has scattered, to memory placed as a new one's."""
         for members in by_group(self.states, len(self.options)):
             params = [state.param for state in members]
             for state, own in zip(members, self._new_state(params), strict=True):
-                old = state.arrays()
-                state.exp_avg, state.exp_avg_sq, state.max_exp_avg_sq, state.ema = own
-                for name, array in state.arrays().items():
-                    self.backend.assign(array, old[name])
+                for name, array in own.items():
+                    self.backend.assign(array, state.own[name])
+                state.own = own
 
     def wrap(self, arrays: Sequence[Any]) -> Any:
         """Return an array for each parameter in containers as the parameters came in."""

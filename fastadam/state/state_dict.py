@@ -1,86 +1,15 @@
-"""State storage: the moments of each parameter."""
+"""``state_dict``: what it holds, and whether one fits an optimizer."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import index
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..backends import as_host, seen
 from ..params import hyperparameters
-
-# What there may be of a parameter.
-PARAM = "param"
-KINDS = (PARAM, "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "ema")
-
-# Bytes: a cache line, and the widest vector.
-ALIGNMENT = 64
-
-
-@dataclass(slots=True, eq=False)
-class ParamState:
-    """One parameter, the user's array, and its state, our arrays of the same layout."""
-
-    key: int | str  # in state_dict: its name, or its place where it has none
-    label: str  # in messages: params['wte']
-    # Arrays of the backend: NumPy's, or a `DeviceArray`.
-    param: Any
-    group: int
-    exp_avg: Any
-    exp_avg_sq: Any
-    max_exp_avg_sq: Any
-    ema: Any
-
-    def arrays(self, *, param: bool = False) -> dict[str, Any]:
-        """Return the state's own arrays by the names they have in a state_dict.
-
-        With ``param``, the parameter too.
-        """
-        named = {PARAM: self.param} if param else {}
-        named |= {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
-        if self.max_exp_avg_sq is not None:
-            named["max_exp_avg_sq"] = self.max_exp_avg_sq
-        if self.ema is not None:
-            named["ema"] = self.ema
-        return named
-
-
-def all_arrays(states: Sequence[ParamState]) -> dict[str, Any]:
-    """Return parameters and state by what they are called in messages."""
-    arrays = {state.label: state.param for state in states}
-    for state in states:
-        arrays |= {f"{state.label}.{name}": array for name, array in state.arrays().items()}
-    return arrays
-
-
-def by_group(states: Sequence[ParamState], groups: int) -> list[list[ParamState]]:
-    """Return the states of each group."""
-    members: list[list[ParamState]] = [[] for _ in range(groups)]
-    for state in states:
-        members[state.group].append(state)
-    return members
-
-
-def allocate(likes: Sequence[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
-    """Return zeros in the shape, dtype and memory order of each, side by side in one buffer.
-
-    Each begins with a cache line. One buffer, so that small arrays too come to
-    lie in huge pages, for which NumPy asks the system from 4 MiB on. The
-    system hands out its pages when they are first touched: those of zeros, as
-    moments are at first, by the thread that updates them.
-    """
-    sizes = [-(-like.nbytes // ALIGNMENT) * ALIGNMENT for like in likes]
-    buffer = np.zeros(sum(sizes) + ALIGNMENT, dtype=np.uint8)
-    start = -buffer.ctypes.data % ALIGNMENT
-    arrays = []
-    for like, size in zip(likes, sizes, strict=True):
-        order: Literal["C", "F"] = "C" if like.flags.c_contiguous else "F"
-        part = buffer[start : start + like.nbytes].view(like.dtype)
-        arrays.append(part.reshape(like.shape, order=order))
-        start += size
-    return arrays
+from .param_state import ParamState, by_group
 
 
 @dataclass(slots=True)
@@ -107,7 +36,7 @@ def export_state(
 ) -> dict[str, Any]:
     """Return copies of all state in PyTorch's form, the schedule's step beside it."""
     state = {
-        s.key: {"step": int(step), **{name: to_host(a) for name, a in s.arrays().items()}}
+        s.key: {"step": int(step), **{name: to_host(a) for name, a in s.own.items()}}
         for s, step in zip(states, steps, strict=True)
     }
     param_groups = export_groups(groups, states)
@@ -131,8 +60,13 @@ def import_state(
     state_dict: Mapping[str, Any],
     states: Sequence[ParamState],
     groups: Sequence[Mapping[str, Any]],
+    as_host: Callable[[Any], npt.NDArray[Any]],
+    as_array: Callable[[Any], Any],
 ) -> LoadedState:
     """Check a state_dict against an optimizer; change nothing.
+
+    ``as_host`` makes any array NumPy's, ``as_array`` gives something with its shape
+    and its NumPy dtype, or raises.
 
     Raises
     ------
@@ -153,7 +87,9 @@ def import_state(
             )
     found, found_groups = state_dict["state"], state_dict["param_groups"]
     step_count = state_dict.get("step_count")
-    wrong = _state_mismatches(found, states) + group_mismatches(found_groups, states, len(groups))
+    wrong = _state_mismatches(found, states, as_array) + group_mismatches(
+        found_groups, states, len(groups)
+    )
     if not is_count(step_count):
         wrong.append(f"step_count must be an integer >= 0 and under 2**62, not {step_count!r}")
     if wrong:
@@ -161,10 +97,10 @@ def import_state(
 
     options = import_options(found_groups, states, "state_dict['param_groups']")
     # An optimizer's own live arrays, and views, must not be overwritten before they are read.
-    live = {id(array) for s in states for array in s.arrays().values()}
+    live = {id(array) for s in states for array in s.own.values()}
     targets, sources = [], []
     for s in states:
-        for name, target in s.arrays().items():
+        for name, target in s.own.items():
             array = as_host(found[s.key][name])
             targets.append(target)
             sources.append(array if array.base is None and id(array) not in live else array.copy())
@@ -187,7 +123,9 @@ def import_options(
     return options
 
 
-def _state_mismatches(found: Mapping[Any, Any], states: Sequence[ParamState]) -> list[str]:
+def _state_mismatches(
+    found: Mapping[Any, Any], states: Sequence[ParamState], as_array: Callable[[Any], Any]
+) -> list[str]:
     known = {s.key: s for s in states}
     wrong = [f"state has no {key!r}" for key in known if key not in found]
     wrong += [
@@ -195,7 +133,7 @@ def _state_mismatches(found: Mapping[Any, Any], states: Sequence[ParamState]) ->
     ]
     for key, own in known.items():
         if key in found:
-            wrong += _mismatches(own, found[key])
+            wrong += _mismatches(own, found[key], as_array)
     return wrong
 
 
@@ -223,11 +161,11 @@ def _group_mismatches(k: int, group: Any, states: Sequence[ParamState]) -> list[
     return []
 
 
-def _mismatches(state: ParamState, found: Any) -> list[str]:
+def _mismatches(state: ParamState, found: Any, as_array: Callable[[Any], Any]) -> list[str]:
     if not isinstance(found, Mapping):
         return [f"state[{state.key!r}] is no mapping"]
     place = f"state[{state.key!r}]"
-    wanted = state.arrays()
+    wanted = state.own
     wrong = [f"{place} has no {name!r}" for name in ("step", *wanted) if name not in found]
     wrong += [
         f"{place} has {name!r}, which the optimizer has not"
@@ -243,7 +181,7 @@ def _mismatches(state: ParamState, found: Any) -> list[str]:
             wrong.append(f"{place}[{name!r}] of the optimizer's own is read-only")
         if name in found:
             try:
-                array = seen(found[name])
+                array = as_array(found[name])
             except (TypeError, ValueError):
                 wrong.append(f"{place}[{name!r}] is no array")
                 continue

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from ..params import checks, hyperparameters
 from ..params.groups import Groups, ParamGroup
 from ..params.names import suggestion
-from .tables import (
+from .layout import (
     BETA1,
     BETA2,
     EPS,
@@ -43,7 +43,8 @@ class Scalars:
         self._lrs, self._signs = [0.0] * len(self._options), [1.0] * len(self._options)
         # What the rows were last made for: factor on lr, factor on the gradients.
         self._made_for: tuple[float, float] | None = None
-        self._lr = 0.0
+        # The first group's learning rate in the step for which the rows were last refreshed.
+        self.lr = 0.0
         # 1/grad_scale, of the step for which the rows were last refreshed.
         self.inverse = 1.0
 
@@ -74,7 +75,7 @@ class Scalars:
                 self._made_for = None
         if self._made_for != (factor, inverse):
             self._make(factor, inverse, int(step_count[0]))
-        return self._lr
+        return self.lr
 
     def _make(self, factor: float, inverse: float, step: int) -> None:
         self._made_for = None  # until the rows are whole
@@ -94,15 +95,8 @@ class Scalars:
                 )
             self.rows[k, LR] = lr
             self.rows[k, GRAD_FACTOR] = inverse * self._signs[k]
-        self._lr = float(self.rows[0, LR]) if self._options else 0.0
+        self.lr = float(self.rows[0, LR]) if self._options else 0.0
         self._made_for = factor, inverse
-
-    def clip(self, coefficient: float) -> None:
-        """Multiply the gradients of this step by a number more."""
-        if coefficient != 1.0:
-            self._made_for = None
-            # In Python's arithmetic, of which `np.errstate` knows nothing.
-            self.rows[:, GRAD_FACTOR] = [sign * self.inverse * coefficient for sign in self._signs]
 
     def _read(self, k: int, options: ParamGroup) -> None:
         missing = [name for name in hyperparameters.NAMES if name not in options]

@@ -255,22 +255,17 @@ class TestQuota:
 
 class TestParts:
     def test_no_cache_folder(self, monkeypatch):
-        from numba.core.caching import NullCache
-
         from fastadam.cpu import kernels
 
-        monkeypatch.setattr(kernels.look_kernel, "_cache", NullCache())
+        monkeypatch.setattr(kernels, "cache_folder", lambda: None)
         assert probe.cache() == {"folder": None, "writable": False, "kernels": 0, "bytes": 0}
 
     def test_counts_kernels(self, monkeypatch, tmp_path):
-        from types import SimpleNamespace
-
         from fastadam.cpu import kernels
 
         (tmp_path / "fastadam.update_serial-1.nbc").write_bytes(b"12345")
         (tmp_path / "other.nbc").write_bytes(b"1")
-        fake = SimpleNamespace(_cache=SimpleNamespace(cache_path=str(tmp_path)))
-        monkeypatch.setattr(kernels, "look_kernel", fake)
+        monkeypatch.setattr(kernels, "cache_folder", lambda: str(tmp_path))
         found = probe.cache()
         assert found == {"folder": str(tmp_path), "writable": True, "kernels": 1, "bytes": 5}
 

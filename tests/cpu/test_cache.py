@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numba import config, types
+from numba.core.dispatcher import Dispatcher
 
 import fastadam
 from fastadam.cpu import cache, kernels
 
-PLAIN = {"parallel": False, "amsgrad": False, "average": False, "zero_grad": False}
+ROLES = frozenset(["exp_avg", "exp_avg_sq"])
+PLAIN = {"parallel": False, "roles": ROLES, "zero_grad": False}
 STEP = f"""
 import json, os, sys
 import numpy as np, fastadam
@@ -210,7 +212,7 @@ NO_CODE = """
 
 
 def path_now():
-    kernel = kernels.look_kernel
+    kernel = kernels.look_kernel()
     return kernel._cache._path((types.int64, types.int64), kernel.targetctx.codegen())
 
 
@@ -251,18 +253,22 @@ def test_processes_that_start_at_once(tmp_path):
         assert run(tmp_path, TEST_DTYPE=dtype) == (1, 0, 0.5)
 
 
-def test_every_kernel_has_a_file_of_its_own():
+def test_every_kernel_has_a_file_of_its_own(monkeypatch):
     """Dtypes, ways and options: what a kernel closes over is part of its key."""
-    options = ("parallel", "amsgrad", "average", "zero_grad")
+    monkeypatch.setattr(Dispatcher, "compile", lambda *_: None)  # their keys are there before
+    either = (False, True)
+    optional = [(), ("ema",), ("max_exp_avg_sq",), ("ema", "max_exp_avg_sq")]
     variants = [
-        kernels.update_kernel(np.dtype(dtype), **dict(zip(options, on, strict=True)))
-        for dtype, *on in product(("f4", "f8"), *[(False, True)] * len(options))
+        kernels.update_kernel.__wrapped__(
+            np.dtype(dtype), parallel=parallel, roles=ROLES.union(more), zero_grad=zero_grad
+        )
+        for dtype, parallel, more, zero_grad in product(("f4", "f8"), either, optional, either)
     ]
     variants += [
-        kernels.sum_kernel(np.dtype(dtype), parallel=parallel)
-        for dtype, parallel in product(("f4", "f8"), (False, True))
+        kernels.sum_kernel.__wrapped__(np.dtype(dtype), parallel=parallel)
+        for dtype, parallel in product(("f4", "f8"), either)
     ]
-    variants.append(kernels.look_kernel)
+    variants.append(kernels.look_kernel.__wrapped__())
     signature = (types.int64, types.int64)
     paths = [kernel._cache._path(signature, kernel.targetctx.codegen()) for kernel in variants]
     assert len(set(paths)) == len(variants) == 37
@@ -281,9 +287,8 @@ for dtype, ema, zero in cases:
     opt.step(grad, zero_grad=zero)
     values += [round(float(param[0]), 6), float(grad[0])]
     values += [] if ema is None else [round(float(opt.ema_params[0]), 6)]
-    kernel = kernels.update_kernel(
-        param.dtype, parallel=False, amsgrad=False, average=ema is not None, zero_grad=zero
-    )
+    roles = frozenset(["exp_avg", "exp_avg_sq"] + ["ema"] * (ema is not None))
+    kernel = kernels.update_kernel(param.dtype, parallel=False, roles=roles, zero_grad=zero)
     hits += sum(kernel.stats.cache_hits.values())
     misses += sum(kernel.stats.cache_misses.values())
 print(json.dumps([hits, misses, values]))

@@ -28,7 +28,7 @@ EITHER = pytest.mark.parametrize(("dtype", "kind"), [(np.float32, "s"), (np.floa
 def assembly(function, parallel=False, **constants):
     """What a kernel becomes; all of its arguments are integers, addresses as a rule, but one."""
     names = inspect.signature(function).parameters
-    arguments = [types.float64 if name == "scale" else types.int64 for name in names]
+    arguments = [types.float64 if name in ("scale", "clip") else types.int64 for name in names]
     if parallel:
         # As `intrinsics.kernel` does: a symbol that is not there aborts the process.
         get_num_threads()

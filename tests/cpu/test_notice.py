@@ -7,8 +7,11 @@ from pathlib import Path
 
 import numba
 import pytest
+from numba import types
 
 from fastadam.cpu import intrinsics, notice
+
+FLOAT = (types.float64,)
 
 
 def double(x):
@@ -41,8 +44,8 @@ def at_a_terminal(monkeypatch):
 
 def test_one_line_on_a_terminal(cache, monkeypatch):
     terminal = at_a_terminal(monkeypatch)
-    assert intrinsics.kernel(double)(3.0) == 6.0
-    assert intrinsics.kernel(halve)(3.0) == 1.5
+    assert intrinsics.kernel(double, FLOAT)(3.0) == 6.0
+    assert intrinsics.kernel(halve, FLOAT)(3.0) == 1.5
     said = terminal.getvalue()
     (line,) = said.splitlines()
     assert line.startswith("fastadam: compiling for this processor, which takes some seconds, ")
@@ -50,18 +53,23 @@ def test_one_line_on_a_terminal(cache, monkeypatch):
     assert line.endswith(f", once: the code is kept in {path.parent}")
     # As a later process, which finds the file.
     monkeypatch.setattr(notice, "_told", False)
-    assert intrinsics.kernel(double)(3.0) == 6.0
+    assert intrinsics.kernel(double, FLOAT)(3.0) == 6.0
     assert terminal.getvalue() == said
-    assert intrinsics.kernel(double)(3) == 6  # another type, for which there is none
+    assert (
+        intrinsics.kernel(double, (types.int64,))(3) == 6
+    )  # another type, for which there is none
     assert len(terminal.getvalue().splitlines()) == 2
 
 
 @pytest.mark.usefixtures("cache")
 def test_it_is_said_before_the_compiler_starts(monkeypatch):
     terminal = at_a_terminal(monkeypatch)
-    kernel, said = intrinsics.kernel(double), []
-    monkeypatch.setattr(kernel, "_cache", Watched(kernel._cache, said, terminal))
-    kernel(3.0)
+    said = []
+    make = intrinsics.KernelCache
+    monkeypatch.setattr(
+        intrinsics, "KernelCache", lambda *a, **k: Watched(make(*a, **k), said, terminal)
+    )
+    assert intrinsics.kernel(double, FLOAT)(3.0) == 6.0
     assert said == ["load", "", "save", terminal.getvalue()]
     assert said[-1].count("\n") == 1
 
@@ -71,6 +79,7 @@ class Watched:
 
     def __init__(self, cache, said, terminal):
         self.cache, self.said, self.terminal = cache, said, terminal
+        self.cache_path = cache.cache_path
 
     def load_overload(self, *arguments):
         self.said += ["load", self.terminal.getvalue()]
@@ -85,8 +94,8 @@ class Watched:
 def test_through_logging_and_nothing_where_nobody_looks(monkeypatch, caplog):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     with caplog.at_level(logging.INFO, logger="fastadam"):
-        intrinsics.kernel(double)(3.0)
-        intrinsics.kernel(halve)(3.0)
+        intrinsics.kernel(double, FLOAT)(3.0)
+        intrinsics.kernel(halve, FLOAT)(3.0)
     (record,) = caplog.records
     assert (record.name, record.levelno) == ("fastadam", logging.INFO)
     assert record.getMessage().startswith("compiling for this processor")
@@ -99,7 +108,7 @@ def test_one_setting_turns_it_off(setting, lines, monkeypatch, caplog):
     terminal = at_a_terminal(monkeypatch)
     monkeypatch.setenv("FASTADAM_QUIET", setting)
     with caplog.at_level(logging.INFO, logger="fastadam"):
-        intrinsics.kernel(double)(3.0)
+        intrinsics.kernel(double, FLOAT)(3.0)
     assert len(caplog.records) == len(terminal.getvalue().splitlines()) == lines
 
 
@@ -112,7 +121,7 @@ def test_where_the_code_cannot_be_kept(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(intrinsics, "KernelCache", refuse)
-        kernel = intrinsics.kernel(double)
+        kernel = intrinsics.kernel(double, FLOAT)
     assert kernel(3.0) == 6.0
     assert terminal.getvalue().endswith(
         "in every process: the code cannot be kept, no folder is writable (NUMBA_CACHE_DIR can"
@@ -122,9 +131,8 @@ def test_where_the_code_cannot_be_kept(monkeypatch):
 
 def test_where_the_folder_is_not_writable_any_more(cache, monkeypatch):
     terminal = at_a_terminal(monkeypatch)
-    kernel = intrinsics.kernel(double)
     monkeypatch.setattr(notice.os, "access", lambda path, _: Path(path) == cache / "other")
-    assert kernel(3.0) == 6.0
+    assert intrinsics.kernel(double, FLOAT)(3.0) == 6.0
     assert "in every process: the code cannot be kept in " in terminal.getvalue()
     assert f"{cache}" in terminal.getvalue()
 
@@ -144,4 +152,4 @@ def test_what_listens_cannot_stop_the_compiler(stream, monkeypatch):
     monkeypatch.setattr(log, "handlers", [Broken()])
     monkeypatch.setattr(log, "level", logging.INFO)
     monkeypatch.setattr(sys, "stderr", stream)
-    assert intrinsics.kernel(double)(3.0) == 6.0
+    assert intrinsics.kernel(double, FLOAT)(3.0) == 6.0

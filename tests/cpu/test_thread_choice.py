@@ -136,7 +136,7 @@ class TestKernels:
         for _ in range(3):
             opt.step(param.copy())
         assert own_balance[0] > -1e12
-        (context,) = opt._plan.contexts
+        (context,) = opt._stepper.contexts
         serial = [state[thread_choice.SERIAL] > 0.0 for state in context.choices]
         assert serial == [True, bool(options)]
 
@@ -176,6 +176,6 @@ class TestKernels:
         opt = fastadam.Adam(params, **options)
         for _ in range(10):
             opt.step([None, np.ones(8)])
-        (context,) = opt._plan.contexts
+        (context,) = opt._stepper.contexts
         assert own_balance[0] == 0.0
         assert all(state[thread_choice.SERIAL] == 0.0 for state in context.choices)

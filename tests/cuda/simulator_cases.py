@@ -239,7 +239,7 @@ def test_chunks_halved_give_the_same_bits(rng, monkeypatch, dtype, halvings):
     """Several blocks share a chunk, some of which then have nothing to do."""
     sizes = (1, 1023, 1025, 2049, 4099) if dtype == "f4" else (1, 1025, 2051)
     twins = Twins(draws(rng, sizes, (dtype,)), weight_decay=0.1)
-    monkeypatch.setattr(twins.cuda._plan, "_halvings", [halvings])
+    monkeypatch.setattr(twins.cuda._stepper, "_halvings", [halvings])
     twins.step(draws(rng, sizes, (dtype,)), zero_grad=True)
     twins.check()
 
@@ -1151,7 +1151,7 @@ def test_the_count_can_be_asked_for_in_any_thread(monkeypatch):
 def test_an_optimizer_goes_with_its_last_reference():
     opt = fastadam.Adam(InterfaceArray(np.ones(2)), nonfinite="skip")
     opt.step(InterfaceArray(np.ones(2)))
-    gone = weakref.ref(opt._plan)
+    gone = weakref.ref(opt._stepper)
     gc.disable()
     try:
         del opt

@@ -42,7 +42,9 @@ UPDATES = (4 + 5, 4 + 3)
 
 
 def update_kernel(dtype, on):
-    return kernels.update_kernel(dtype, **{name: name in on for name in OPTIONS})
+    roles = {"amsgrad": "max_exp_avg_sq", "average": "ema"}
+    kept = {"exp_avg", "exp_avg_sq"} | {role for name, role in roles.items() if name in on}
+    return kernels.update_kernel(dtype, roles=frozenset(kept), zero_grad="zero_grad" in on)
 
 
 KERNELS = {

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import fastadam
-from fastadam.cpu import stepper
+from fastadam.cpu import gradients
 from fastadam.objects import ObjectAdam
 from fastadam.params import arrays
 
@@ -69,7 +69,7 @@ def seen(monkeypatch):
         found.append(grad)
         return arrays.take_grad(grad, *others)
 
-    monkeypatch.setattr(stepper, "take_grad", note)
+    monkeypatch.setattr(gradients, "take_grad", note)
     return found
 
 

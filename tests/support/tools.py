@@ -35,7 +35,7 @@ def full_picture(opt):
     arrays = [tuple(map(id, group["params"])) for group in opt.param_groups]
     return {
         "bits": [array.tobytes() for array in held],
-        "counts": (opt.step_count, opt._plan.steps.tolist()),
+        "counts": (opt.step_count, opt._stepper.steps.tolist()),
         "groups": groups,
         "settings": (opt.schedule, opt.max_grad_norm, opt.nonfinite),
         "structure": (opt.ema_decay, opt.amsgrad, [state.key for state in states]),

@@ -231,15 +231,14 @@ def test_dtypes_mixed_in_one_optimizer():
 def test_mixed_dtypes_are_updated_all_or_none(monkeypatch):
     """A kernel that fails to compile does so before another dtype's has written."""
 
-    def fail(*_):
-        raise RuntimeError("no threads to be had")
-
     factory = kernels.update_kernel
-    monkeypatch.setattr(
-        kernels,
-        "update_kernel",
-        lambda dtype, **options: fail if dtype == np.float32 else factory(dtype, **options),
-    )
+
+    def compiled(dtype, **options):
+        if dtype == np.float32:
+            raise RuntimeError("no threads to be had")
+        return factory(dtype, **options)
+
+    monkeypatch.setattr(kernels, "update_kernel", compiled)
     params = [np.ones(2), np.ones(2, np.float32)]
     opt = fastadam.Adam(params)
     with pytest.raises(RuntimeError, match="no threads"):
