@@ -15,7 +15,7 @@ from ..adam import Adam, take_turn
 from ..backends import as_host
 from ..objects import ObjectAdam
 from ..params import checks, hyperparameters
-from ..schedules.base import Schedule, integer
+from ..schedules import Schedule
 from ..schedules.plain import from_plain, to_plain
 from ..state.roles import KINDS
 from ..state.state_dict import LoadedState, export_groups, import_options, is_count
@@ -146,7 +146,7 @@ def save(
     (1, 0.1, True)
     """
     file_format.need_safetensors()
-    path, keep = _path(path), integer("keep", keep, least=1)
+    path, keep = _path(path), checks.integer(keep, "keep", least=1)
     params = checks.flag(params, "params")
     if extra is not None and not isinstance(extra, Mapping):
         raise TypeError(f"extra must be a mapping, got {type(extra).__qualname__}")

@@ -1,26 +1,34 @@
 """The hyperparameters of a group: their names, their ranges, their messages."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from . import checks
-
-NAMES = ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "maximize")
-NONFINITE = ("propagate", "skip", "raise")
+from .types import Nonfinite, Schedule
 
 
 def check_betas(value: Any, name: str) -> tuple[float, float]:
     """Return the two betas as floats in [0, 1), or raise."""
     if not isinstance(value, tuple | list) or len(value) != 2:
         raise TypeError(f"{name} must be a pair of real numbers, got {value!r}")
-    for k, beta in enumerate(value):
-        if not checks.is_real(beta):
-            raise TypeError(f"{name}[{k}] must be a real number, got {beta!r}")
-        if not 0.0 <= checks.as_float(beta) < 1.0:
-            raise ValueError(f"{name}[{k}] must be in [0, 1), got {beta!r}")
-    return float(value[0]), float(value[1])
+    first, second = (
+        checks.real(beta, f"{name}[{k}]", "in [0, 1)") for k, beta in enumerate(value)
+    )
+    return first, second
+
+
+_CHECKS: dict[str, Callable[[Any, str], Any]] = {
+    "lr": checks.real,
+    "betas": check_betas,
+    "eps": checks.real,
+    "weight_decay": checks.real,
+    "decoupled_weight_decay": checks.flag,
+    "maximize": checks.flag,
+}
+NAMES = tuple(_CHECKS)
+NONFINITE: tuple[Nonfinite, ...] = get_args(Nonfinite)
 
 
 def check_options(options: Mapping[str, Any], label: str = "") -> dict[str, Any]:
@@ -40,16 +48,7 @@ def check_options(options: Mapping[str, Any], label: str = "") -> dict[str, Any]
     ValueError
         For a value out of range or NaN.
     """
-    return {
-        "lr": checks.real(options["lr"], f"{label}lr"),
-        "betas": check_betas(options["betas"], f"{label}betas"),
-        "eps": checks.real(options["eps"], f"{label}eps"),
-        "weight_decay": checks.real(options["weight_decay"], f"{label}weight_decay"),
-        "decoupled_weight_decay": checks.flag(
-            options["decoupled_weight_decay"], f"{label}decoupled_weight_decay"
-        ),
-        "maximize": checks.flag(options["maximize"], f"{label}maximize"),
-    }
+    return {name: check(options[name], f"{label}{name}") for name, check in _CHECKS.items()}
 
 
 def check_fits(options: Mapping[str, Any], dtype: np.dtype[Any], label: str = "") -> None:
@@ -73,40 +72,22 @@ def check_fits(options: Mapping[str, Any], dtype: np.dtype[Any], label: str = ""
         raise ValueError(f"{label}eps must not round to 0 in {dtype.name}, got {options['eps']!r}")
 
 
-def check_schedule(schedule: Any) -> Callable[[int], float] | None:
+def check_schedule(value: object) -> Schedule | None:
     """Return the schedule, or raise TypeError if it cannot be called."""
-    # A class can be called too: schedule=cosine, for cosine(num_steps).
-    if schedule is not None and (not callable(schedule) or isinstance(schedule, type)):
-        raise TypeError(f"schedule must be None or callable with a step, got {schedule!r}")
-    return schedule
+    kind = "None or callable with a step"
+    return None if value is None else checks.schedule(value, "schedule", kind)
 
 
-def check_max_grad_norm(value: Any) -> float | None:
+def check_max_grad_norm(value: object) -> float | None:
     """Return the norm as a float > 0, which may be infinite, or None, or raise."""
-    if value is None:
-        return None
-    if not checks.is_real(value):
-        raise TypeError(f"max_grad_norm must be None or a real number, got {value!r}")
-    number = checks.as_float(value)
-    if not number > 0.0:
-        raise ValueError(f"max_grad_norm must be > 0, got {value!r}")
-    return number
+    return checks.real_or_none(value, "max_grad_norm", "> 0")
 
 
-def check_nonfinite(value: Any) -> str:
+def check_nonfinite(value: object) -> Nonfinite:
     """Return the name of what to do about gradients that are not finite, or raise."""
-    if not isinstance(value, str) or value not in NONFINITE:
-        kind = ValueError if isinstance(value, str) else TypeError
-        raise kind(f"nonfinite must be one of {', '.join(map(repr, NONFINITE))}, got {value!r}")
-    return value
+    return checks.choice(value, "nonfinite", NONFINITE)
 
 
-def check_ema_decay(value: Any) -> float | None:
+def check_ema_decay(value: object) -> float | None:
     """Return the decay as a float in [0, 1), or None, or raise."""
-    if value is None:
-        return None
-    if not checks.is_real(value):
-        raise TypeError(f"ema_decay must be None or a real number, got {value!r}")
-    if not 0.0 <= checks.as_float(value) < 1.0:
-        raise ValueError(f"ema_decay must be in [0, 1), got {value!r}")
-    return float(value)
+    return checks.real_or_none(value, "ema_decay", "in [0, 1)")

@@ -126,7 +126,7 @@ class Scalars:
 
     def _invert(self, grad_scale: float) -> float:
         """Return what the gradients are multiplied by, or raise."""
-        inverse = 1.0 / checks.real(grad_scale, "grad_scale", open_low=True)
+        inverse = 1.0 / checks.real(grad_scale, "grad_scale", "finite and > 0")
         if not self._tiny <= inverse <= self.largest:
             raise ValueError(
                 f"1/grad_scale must be in [{self._tiny:.4g}, {self.largest:.4g}], the normal"

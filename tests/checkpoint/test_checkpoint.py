@@ -858,9 +858,9 @@ class TestRefusals:
         ("options", "error", "message"),
         [
             ({"params": 1}, TypeError, "params must be True or False, got 1"),
-            ({"keep": 0}, ValueError, "keep must be a positive integer, got 0"),
-            ({"keep": True}, TypeError, "keep must be a positive integer, got True"),
-            ({"keep": 1.0}, TypeError, "keep must be a positive integer, got 1.0"),
+            ({"keep": 0}, ValueError, "keep must be >= 1, got 0"),
+            ({"keep": True}, TypeError, "keep must be an integer, got True"),
+            ({"keep": 1.0}, TypeError, "keep must be an integer, got 1.0"),
             ({"extra": 3}, TypeError, "extra must be a mapping, got int"),
         ],
     )
