@@ -14,6 +14,7 @@ from .params.containers import FixedSequence, check_any_given, check_same
 from .params.groups import Groups, counted, describe
 from .params.names import Absent, check_attribute, check_keywords
 from .runtime import Unchanged, each_alone, in_one_go, register
+from .state.param_state import by_group, new_states, rehouse
 from .state.state_dict import LoadedState, export_state, import_state
 from .update.result import StepResult
 from .update.scalars import Scalars
@@ -169,10 +170,15 @@ class Adam:
         self._nonfinite = hyperparameters.check_nonfinite(nonfinite)
         ema_decay = hyperparameters.check_ema_decay(ema_decay)
         groups = Groups(params, defaults, amsgrad=amsgrad, ema_decay=ema_decay)
+        groups.take(backends.of(groups.arrays), new_states)
         self._install(groups, np.zeros(len(groups.states), dtype=np.int64), 0)
         self._lock = threading.Lock()
         register(self)
         have_torch_load_state()
+
+    @property
+    def _backend(self) -> backends.Backend:
+        return backends.of(self._groups.arrays)
 
     def _after_fork(self) -> None:
         """Be usable in a forked child: no thread that was in a step is there to end it."""
@@ -181,7 +187,7 @@ class Adam:
 
     def _install(self, groups: Groups, steps: Any, step_count: int) -> None:
         """Lay out the tables that the kernels read; raise before anything is replaced."""
-        backend = groups.backend
+        backend = backends.of(groups.arrays)
         scalars = backend.make_scalars(groups)
         stepper = backend.make_stepper(groups.states, groups.labels, steps, step_count, scalars)
         new = {
@@ -225,6 +231,7 @@ class Adam:
         """
         with take_turn(self._lock):
             groups = self._groups.extended(group)
+            groups.take(backends.of(groups.arrays), new_states)
             steps = np.zeros(len(groups.states), dtype=np.int64)
             steps[: len(self._groups.states)] = self._stepper.steps
             self._install(groups, steps, self.step_count)
@@ -366,7 +373,7 @@ class Adam:
             with take_turn(self._lock):
                 if self._grads is None:  # another thread may have been first
                     params = [state.param for state in self._groups.states]
-                    flat = tuple(self._groups.backend.allocate(params))
+                    flat = tuple(self._backend.allocate(params))
                     self._own_grads, self._grads = flat, self._groups.wrap(flat)
                 grads = self._grads
         return grads
@@ -513,7 +520,7 @@ class Adam:
             self._stepper.steps,
             groups.options,
             self.step_count,
-            groups.backend.to_host,
+            self._backend.to_host,
         )
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -550,7 +557,7 @@ class Adam:
         """Write all of a state that fits, or nothing, whatever signals arrive."""
         groups = self._groups
         # On the host an iterator, of which a second go takes what is left.
-        arrays = groups.backend.writing(loaded.targets, loaded.sources)
+        arrays = self._backend.writing(loaded.targets, loaded.sources)
 
         def writes() -> Iterable[tuple[Any, ...]]:
             return chain(
@@ -585,7 +592,7 @@ class Adam:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what holds addresses: a copy must not write to the original's arrays."""
-        self._groups.backend.check_copyable()
+        self._backend.check_copyable()
         unchanged = Unchanged(self)
         left_out = ("_lock", "_stepper", "_scalars", "_flatten", "_grads", "_own_grads")
         kept = {name: value for name, value in vars(self).items() if name not in left_out}
@@ -597,7 +604,9 @@ class Adam:
         steps, step_count = kept.pop("steps"), kept.pop("step_count")
         kept.pop("unchanged", None)
         vars(self).update(kept)
-        self._groups.rehouse()
+        groups = self._groups
+        for members in by_group(groups.states, len(groups.options)):
+            rehouse(members, groups.state_options, self._backend)
         self._install(self._groups, steps, step_count)
         self._lock = threading.Lock()
         register(self)

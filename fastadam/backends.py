@@ -2,18 +2,17 @@
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from .params.groups import Groups
+from .params.kinds import on_device
 from .runtime import alone, undisturbed
-
-if TYPE_CHECKING:
-    from .params.groups import Groups
-    from .state.param_state import ParamState
-    from .update.result import StepResult
-    from .update.scalars import Scalars
+from .state.param_state import ParamState
+from .update.result import StepResult
+from .update.scalars import Scalars
 
 
 class Stepper(Protocol):
@@ -39,7 +38,7 @@ class Stepper(Protocol):
         zero_grad: bool,
         max_grad_norm: float | None,
         nonfinite: str,
-    ) -> "StepResult":
+    ) -> StepResult:
         """Take a step for which the norm of the gradients is needed."""
 
     def counting(self, steps: npt.NDArray[np.int64], step_count: int) -> list[tuple[Any, ...]]:
@@ -85,16 +84,16 @@ class Backend(Protocol):
     def check_copyable(self) -> None:
         """Refuse to copy or pickle an optimizer, where its arrays cannot be."""
 
-    def make_scalars(self, groups: "Groups") -> "Scalars":
+    def make_scalars(self, groups: Groups) -> Scalars:
         """Return the table of the groups' hyperparameters."""
 
     def make_stepper(
         self,
-        states: "Sequence[ParamState]",
+        states: Sequence[ParamState],
         labels: Sequence[str],
         steps: npt.NDArray[np.int64],
         step_count: int,
-        scalars: "Scalars",
+        scalars: Scalars,
     ) -> Stepper:
         """Return what takes the steps of these parameters.
 
@@ -103,43 +102,15 @@ class Backend(Protocol):
         """
 
 
-# What an array has, that lives on a device or is another library's.
-_INTERFACES = ("__cuda_array_interface__", "data_ptr", "__dlpack_device__", "__cuda_ndarray__")
-
-
-def is_array(thing: Any) -> bool:
-    """Whether something is one array, NumPy's or another library's, rather than many."""
-    if isinstance(thing, np.ndarray):
-        return True
-    kind = type(thing)  # since an attribute of the thing itself may raise
-    return any(hasattr(kind, name) for name in _INTERFACES)
-
-
-def on_device(array: Any) -> bool:
-    """Whether an array is on a CUDA device, told without what CUDA needs."""
-    if isinstance(array, np.ndarray | np.generic) or not is_array(array):
-        return False
-    library = type(array).__module__.partition(".")[0]
-    if library in ("jax", "jaxlib"):
-        return False  # immutable, wherever it lies: the host's check says so
-    if hasattr(type(array), "data_ptr"):
-        return bool(getattr(array, "is_cuda", False))
-    if hasattr(type(array), "__cuda_array_interface__"):
-        return True
-    if hasattr(type(array), "__dlpack_device__"):
-        return int(array.__dlpack_device__()[0]) in (2, 13)  # kDLCUDA, kDLCUDAManaged
-    return hasattr(type(array), "__cuda_ndarray__")  # as the CUDA simulator's arrays have alone
-
-
-def of(array: Any) -> Backend:
-    """Return the backend of the place where an array lives.
+def of(params: Sequence[Any]) -> Backend:
+    """Return the backend of the place where parameters live: where the first does.
 
     Raises
     ------
     ImportError
         If it is a CUDA device, and what that needs is not installed.
     """
-    return _imported(on_device(array))
+    return _imported(bool(params) and on_device(params[0]))
 
 
 @functools.cache
@@ -159,30 +130,6 @@ def _imported(device: bool) -> Backend:
         return cpu_backend
 
 
-def check_together(param: Any, label: str, first: Any, first_label: str) -> None:
-    """Refuse two parameters that live in different places.
-
-    Raises
-    ------
-    ValueError
-        If they do.
-    """
-    places = [_place(each) for each in (param, first)]
-    # An empty array may lie on any device.
-    if places[0] != places[1] and (None in places or -1 not in places):
-        names = [
-            "in the host's memory" if at is None else f"on CUDA device {max(at, 0)}"
-            for at in places
-        ]
-        raise ValueError(f"{label} must be {names[1]}, as {first_label} is, got one {names[0]}")
-
-
-def _place(param: Any) -> int | None:
-    """Return the number of a parameter's device, None for the host."""
-    device: int | None = param.device if on_device(param) else None
-    return device
-
-
 def as_array(value: Any) -> Any:
     """Return something with the shape and the NumPy dtype of an array, wherever it lives.
 
@@ -191,9 +138,9 @@ def as_array(value: Any) -> Any:
     TypeError, ValueError
         If it is no array that could be state.
     """
-    return of(value).take_param(value, "array") if on_device(value) else np.asarray(value)
+    return of([value]).take_param(value, "array") if on_device(value) else np.asarray(value)
 
 
 def as_host(value: Any) -> npt.NDArray[Any]:
     """Return an array, wherever it lives, as NumPy's."""
-    return of(value).to_host(value) if on_device(value) else np.asarray(value)
+    return of([value]).to_host(value) if on_device(value) else np.asarray(value)

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..backends import on_device
 from ..params.arrays import DTYPES
+from ..params.kinds import on_device
 from ..state.storage import ALIGNMENT, offsets
 from . import launch
 

@@ -5,8 +5,8 @@ from itertools import repeat
 from operator import is_not, itemgetter
 from typing import Any
 
-from ..backends import is_array
 from .arrays import hint
+from .kinds import is_array
 
 
 class FixedSequence(tuple[Any, ...]):
@@ -143,8 +143,10 @@ class Container:
             return FixedMapping(zip(self.names, arrays, strict=True))
         return FixedSequence(arrays)
 
-    def flatten(self, grads: Any, label: str = "grads") -> tuple[Any, ...]:
+    def flatten(self, grads: Any, group: int | None = None) -> tuple[Any, ...]:
         """Return the gradients in the order of the parameters, in a tuple of our own.
+
+        ``group`` is the number of the group, for messages, where there are several.
 
         Raises
         ------
@@ -166,7 +168,7 @@ class Container:
                 pass  # the message comes below
             else:
                 return values if len(self.names) > 1 else (values,)
-        return self._flatten_with_care(grads, label)
+        return self._flatten_with_care(grads, "grads" if group is None else f"grads[{group}]")
 
     def _flatten_with_care(self, grads: Any, label: str) -> tuple[Any, ...]:
         if self.single:

@@ -1,10 +1,11 @@
 """The state of each parameter: which arrays there are, and what they begin as."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from .roles import PARAM, Role
+from . import roles
+from .roles import PARAM
 
 
 @dataclass(slots=True, eq=False)
@@ -39,22 +40,56 @@ class ParamState:
         return {PARAM: self.param, **self.own} if param else dict(self.own)
 
 
-def new_state(
-    params: Sequence[Any],
-    roles: Sequence[Role],
-    allocate: Callable[[Sequence[Any]], list[Any]],
-    assign: Callable[[Any, Any], None],
-) -> list[dict[str, Any]]:
-    """Return the state of new parameters, arrays by name for each.
+class Allocator(Protocol):
+    """What state needs of a backend."""
 
-    ``allocate`` and ``assign`` are the backend's. Arrays of one role lie side by side.
+    def allocate(self, likes: Sequence[Any]) -> list[Any]:
+        """Return zeros in the shape, dtype and memory order of each."""
+
+    def assign(self, target: Any, source: Any) -> None:
+        """Write what another array holds."""
+
+
+def new_states(
+    keys: Iterable[int | str],
+    labels: Sequence[str],
+    params: Sequence[Any],
+    group: int,
+    options: Iterable[str],
+    backend: Allocator,
+) -> list[ParamState]:
+    """Return the state of a group's parameters before their first step.
+
+    ``options`` are those of the optimizer that ask for arrays; see `roles.ROLES`.
     """
-    arrays = iter(allocate(list(params) * len(roles)))
-    columns = {role.name: [next(arrays) for _ in params] for role in roles}
-    for role in roles:
+    return [
+        ParamState(key, label, param, group, param.shape, own)
+        for key, label, param, own in zip(
+            keys, labels, params, _new_arrays(params, options, backend), strict=True
+        )
+    ]
+
+
+def rehouse(states: Sequence[ParamState], options: Iterable[str], backend: Allocator) -> None:
+    """Move a group's state, which unpickling has scattered, to memory placed as a new one's."""
+    params = [state.param for state in states]
+    for state, own in zip(states, _new_arrays(params, options, backend), strict=True):
+        for name, array in own.items():
+            backend.assign(array, state.own[name])
+        state.own = own
+
+
+def _new_arrays(
+    params: Sequence[Any], options: Iterable[str], backend: Allocator
+) -> list[dict[str, Any]]:
+    """Return new state, arrays by name for each parameter; those of a role side by side."""
+    kept = roles.kept(options)
+    arrays = iter(backend.allocate(list(params) * len(kept)))
+    columns = {role.name: [next(arrays) for _ in params] for role in kept}
+    for role in kept:
         if role.starts_as == "param":
             for array, param in zip(columns[role.name], params, strict=True):
-                assign(array, param)
+                backend.assign(array, param)
     return [{name: column[k] for name, column in columns.items()} for k in range(len(params))]
 
 

@@ -834,7 +834,7 @@ BAD_PARAMS = {
     "mixed, host first": (
         lambda: [N(3), I(N(3))],
         ValueError,
-        r"params\[1\] must be in the host's memory, as params\[0\] is, got one on CUDA device 0",
+        r"params\[1\] must be in the host's memory, as params\[0\] is, got one on a CUDA device",
     ),
     "jax": (lambda: [OnlyLooksLikeJax()], TypeError, r"params\[0\] must be a numpy.ndarray, got "),
     "on the host": (
