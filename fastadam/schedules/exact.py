@@ -2,10 +2,11 @@
 
 The C library's cos and pow differ in the last bit between systems. What is
 used here does not: float + - * /, sqrt and fmod, which IEEE 754 fixes, and
-Python's integers.
+Python's integers and decimals.
 """
 
 import math
+from decimal import ROUND_HALF_EVEN, Context, Decimal
 from functools import lru_cache
 
 _PI_HIGH = math.floor(math.pi * 2.0**24) / 2.0**24  # 26 bits: times 26 bits is exact
@@ -56,73 +57,29 @@ def cos_pi(x: float) -> float:
     return sign * (one_less + (((1.0 - one_less) - half) + (tail - a * b)))
 
 
-# A number in (0, 1] as (m, s): m / 2**_BITS / 2**s, with m of exactly _BITS bits.
-_BITS = 256
-_Scaled = tuple[int, int]
-_ONE: _Scaled = (1 << (_BITS - 1), -1)
+# Digits that are far more than the 17 of a float, whatever a power makes of the last. It raises
+# nothing, whatever the program's own decimal context is told to.
+_DIGITS = Context(prec=80, rounding=ROUND_HALF_EVEN, Emin=-9999, Emax=9999, traps=[])
 
 
 def power(base: float, exponent: int, root: int = 1) -> float:
-    """Return base ** (exponent / root), base in [0, 1], correctly rounded.
-
-    Powers of a base are remembered, so a schedule that keeps its base and
-    root pays about one product per six bits of the exponent.
-    """
-    whole, rest = divmod(exponent, root)
-    if not rest:
-        exponent, root = whole, 1
-        if exponent < 16:
-            numerator, denominator = base.as_integer_ratio()
-            exact: float = numerator**exponent / denominator**exponent  # / rounds correctly
-            return exact
+    """Return base ** (exponent / root), base in [0, 1], as 80 digits of it are rounded."""
     if base in (0.0, 1.0):
-        return base
-    if whole >> 63:  # even (1 - 2**-53) ** (2**63) is far below the least float
+        return base if exponent else 1.0
+    whole, rest = divmod(exponent, root)
+    # Far below the least float; even 1 - 2**-53, where the exponent has more than 63 bits.
+    if whole >> 63 or whole * math.log(base) < -800.0:
         return 0.0
-    m, s, level = 1 << _BITS, 0, 0
-    while exponent:
-        digit = exponent & 63
-        if digit:
-            factor, shift = _powers(base, root, level)[digit]
-            m = m * factor >> _BITS
-            s += shift
-        exponent >>= 6
-        level += 1
-    return m / (1 << (_BITS + s)) if s < 1100 else 0.0
+    numerator, denominator = base.as_integer_ratio()
+    if not rest and whole * numerator.bit_length() <= 4096:
+        exact: float = numerator**whole / denominator**whole  # / rounds correctly
+        return exact
+    result = _DIGITS.power(Decimal.from_float(base), whole)
+    if rest:
+        result = _DIGITS.multiply(result, _DIGITS.power(_root(base, root), rest))
+    return float(result)
 
 
 @lru_cache(maxsize=128)
-def _powers(base: float, root: int, level: int) -> list[_Scaled]:
-    """Return base ** (digit * 64**level / root) for each digit from 0 to 63."""
-    if level:
-        lower = _powers(base, root, level - 1)
-        first = _times(lower[63], lower[1])
-    else:
-        first = _root(base, root)
-    powers = [_ONE]
-    for _ in range(63):
-        powers.append(_times(powers[-1], first))
-    return powers
-
-
-def _times(x: _Scaled, y: _Scaled) -> _Scaled:
-    m = x[0] * y[0]
-    excess = m.bit_length() - _BITS
-    return m >> excess, x[1] + y[1] + _BITS - excess
-
-
-def _root(base: float, root: int) -> _Scaled:
-    """Return base ** (1 / root): repeated square roots, one per binary digit of 1 / root."""
-    numerator, denominator = base.as_integer_ratio()
-    m = numerator << (_BITS - numerator.bit_length())
-    s = denominator.bit_length() - 1 - numerator.bit_length()
-    if root == 1:
-        return m, s
-    result, remainder = _ONE, 1
-    for _ in range(_BITS):
-        m, s = math.isqrt(m << (_BITS - (s & 1))), s >> 1
-        remainder *= 2
-        if remainder >= root:
-            remainder -= root
-            result = _times(result, (m, s))
-    return result
+def _root(base: float, root: int) -> Decimal:
+    return _DIGITS.power(Decimal.from_float(base), _DIGITS.divide(Decimal(1), Decimal(root)))

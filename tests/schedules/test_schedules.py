@@ -1,5 +1,6 @@
 """Schedules against formulas written out here, their peers, and their promises."""
 
+import decimal
 import math
 import pickle
 import re
@@ -492,6 +493,19 @@ def test_power_against_mpmath(optional, rng, root):
                 exact = mpmath.mpf(float(base)) ** (mpmath.mpf(exponent) / root)
                 ulp = math.ulp(float(exact))
                 assert abs(power(float(base), exponent, root) - exact) <= ulp * 0.5000001
+
+
+def test_power_that_lies_between_two_floats_is_rounded_to_even():
+    for root in (1, 2, 3):  # 3**34 has 54 bits
+        assert power(0.75**root, 34, root) == float(Fraction(3, 4) ** 34)
+    assert power(0.5, 1075) == 0.0  # half of the least float
+
+
+def test_power_in_a_program_with_a_decimal_context_of_its_own():
+    expected = power(0.9, 12345, 7), power(0.3, 200)
+    all_signals = list(decimal.getcontext().traps)
+    with decimal.localcontext(decimal.Context(prec=3, traps=all_signals)):
+        assert (power(0.9, 12345, 7), power(0.3, 200)) == expected
 
 
 def test_power_ends():
