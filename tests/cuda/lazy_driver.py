@@ -16,16 +16,22 @@ import numpy as np
 from cuda.bindings import driver as real
 from ptx import KernelError, Memory
 
-RESULTS, ATTRIBUTES, MODES = real.CUresult, real.CUpointer_attribute, real.CUstreamCaptureMode
-GLOBAL = MODES.CU_STREAM_CAPTURE_MODE_GLOBAL
-RELAXED = MODES.CU_STREAM_CAPTURE_MODE_RELAXED
+RESULTS = real.CUresult
+GLOBAL = int(real.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL)
+RELAXED = int(real.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
+ORDINAL = int(real.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL)
+# Types of C, of what is not said to be a handle, an address or a size.
+Handle, Int = ctypes.c_uint64, ctypes.c_int
 # What can be asked while no device is in use.
-ANYWHERE = ("cuInit", "cuCtx", "cuDevice", "cuDriver", "cuPointer", "cuThread", "cuGet",
-            "cuMemFree", "cuEventQuery", "cuEventSynchronize", "cuEventDestroy")  # fmt: skip
+ANYWHERE = (
+    "cuInit", "cuCtx", "cuDevice", "cuDriver", "cuPointer", "cuThread", "cuGet", "cuLibrary",
+    "cuMemFree", "cuEventQuery", "cuEventSynchronize", "cuEventDestroy",
+)  # fmt: skip
 # What no thread may do while a stream is captured, unless it is relaxed.
-UNSAFE = {"cuMemAlloc", "cuMemFree", "cuMemHostAlloc", "cuMemFreeHost", "cuCtxSynchronize",
-          "cuStreamSynchronize", "cuEventQuery", "cuEventSynchronize",
-          "cuLibraryLoadData"}  # fmt: skip
+UNSAFE = {
+    "cuMemAlloc", "cuMemFree", "cuMemHostAlloc", "cuMemFreeHost", "cuCtxSynchronize",
+    "cuStreamSynchronize", "cuEventQuery", "cuEventSynchronize", "cuLibraryLoadData",
+}  # fmt: skip
 _numbers = itertools.count(1000)  # no real device has such a number
 
 
@@ -83,7 +89,7 @@ class Driver:
         self.failures, self.launched = [], []
         self.process, self.local, self.lock = None, threading.local(), threading.RLock()
 
-    def call(self, name, *arguments):
+    def call(self, name, *arguments, prefix=""):
         """Return the error and the result of a function of this name."""
         try:
             if name == "cuInit":
@@ -95,7 +101,7 @@ class Driver:
             if name in UNSAFE and self._is_forbidden():
                 raise Error("STREAM_CAPTURE_UNSUPPORTED")
             with self.lock:
-                return RESULTS.CUDA_SUCCESS, getattr(self, name)(*arguments)
+                return RESULTS.CUDA_SUCCESS, getattr(self, prefix + name)(*arguments)
         except Error as error:
             if error.code != RESULTS.CUDA_ERROR_NOT_READY:
                 self.failures.append(f"{name}: {error}")
@@ -110,27 +116,27 @@ class Driver:
     def current(self):
         return self.local.__dict__.setdefault("contexts", [])
 
-    def cuInit(self, flags):
+    def cuInit(self, flags: Int):
         if self.process not in (None, os.getpid()):
             raise Error("NOT_INITIALIZED")
         self.process = os.getpid()
 
-    def cuCtxGetCurrent(self) -> int:
+    def cuCtxGetCurrent(self) -> Handle:
         return self.current[-1] if self.current else 0
 
     def cuCtxPushCurrent(self, context):
         self.current.append(context)
 
-    def cuCtxPopCurrent(self) -> int:
+    def cuCtxPopCurrent(self) -> Handle:
         return self.current.pop()
 
     def cuCtxSynchronize(self):
         for stream in [self.legacy, *self.streams.values()]:
             stream.reach(stream.submitted)
 
-    def cuThreadExchangeStreamCaptureMode(self, mode) -> int:
-        before, self.local.mode = getattr(self.local, "mode", GLOBAL), mode
-        return int(before)
+    def cuThreadExchangeStreamCaptureMode(self, mode: Int) -> Int:
+        before, self.local.mode = getattr(self.local, "mode", GLOBAL), int(mode)
+        return before
 
     def _is_forbidden(self):
         captured = any(stream.mode == GLOBAL for stream in self.streams.values())
@@ -138,13 +144,13 @@ class Driver:
 
     # Memory.
 
-    def cuMemAlloc(self, size) -> int:
+    def cuMemAlloc(self, size) -> Handle:
         try:
             return self.memory.take(size)
         except MemoryError:
             raise Error("OUT_OF_MEMORY") from None
 
-    def cuMemHostAlloc(self, size, flags) -> int:
+    def cuMemHostAlloc(self, size, flags: Int) -> Handle:
         return self.cuMemAlloc(size)
 
     def cuMemFree(self, address):
@@ -153,10 +159,10 @@ class Driver:
 
     cuMemFreeHost = cuMemFree
 
-    def cuPointerGetAttribute(self, attribute, address) -> int:
+    def cuPointerGetAttribute(self, attribute: Int, address) -> Int:
         if address not in self.memory:
             raise Error("INVALID_VALUE")
-        if attribute != ATTRIBUTES.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL:
+        if int(attribute) != ORDINAL:
             raise NotImplementedError(attribute)
         return self.number
 
@@ -217,7 +223,7 @@ class Driver:
         stream.submitted += 1
         return stream, stream.submitted
 
-    def cuStreamCreate(self, flags) -> int:
+    def cuStreamCreate(self, flags: Int) -> Handle:
         handle = next(self.handles)
         self.streams[handle] = Stream(blocking=not flags & 1)
         return handle
@@ -232,14 +238,14 @@ class Driver:
             raise Error("STREAM_CAPTURE_UNSUPPORTED")
         point[0].reach(point[1])
 
-    def cuStreamWaitEvent(self, stream, event, flags):
+    def cuStreamWaitEvent(self, stream, event, flags: Int):
         if self.events[event] is None:
             raise NotImplementedError("a stream that joins a capture")
         self._submit(stream, after=[self.events[event]])
 
     # Events: a point is a stream, and how much of its work is finished; None is in a graph.
 
-    def cuEventCreate(self, flags) -> int:
+    def cuEventCreate(self, flags: Int) -> Handle:
         handle = next(self.handles)
         self.events[handle] = self.legacy, 0
         return handle
@@ -266,18 +272,18 @@ class Driver:
 
     # Graphs: a list of work.
 
-    def cuStreamIsCapturing(self, stream) -> int:
+    def cuStreamIsCapturing(self, stream) -> Int:
         return int(self._stream(stream).graph is not None)
 
-    def cuStreamBeginCapture(self, stream, mode):
+    def cuStreamBeginCapture(self, stream, mode: Int):
         self._stream(stream).graph, self._stream(stream).mode = [], mode
 
-    def cuStreamEndCapture(self, stream) -> int:
+    def cuStreamEndCapture(self, stream) -> Handle:
         captured, handle = self.streams[stream], next(self.handles)
         self.graphs[handle], captured.graph, captured.mode = captured.graph, None, None
         return handle
 
-    def cuGraphInstantiate(self, graph, flags) -> int:
+    def cuGraphInstantiate(self, graph, flags: Int) -> Handle:
         return graph
 
     def cuGraphLaunch(self, graph, stream):

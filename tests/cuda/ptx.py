@@ -167,15 +167,24 @@ class Memory:
         # Who has written each word last: in an interval that is counted, and its number there.
         self.writers, self.interval, self.log = np.zeros(words, np.int64), 0, []
 
-    def take(self, size, offset=0):
-        """Return the address of bytes that begin ``offset`` after a cache line."""
-        start = -(-self.end // self.LINE) * self.LINE + offset
-        self.end = start + size + self.LINE  # what lies between is nobody's
-        if self.end > self.words.nbytes:
-            raise MemoryError("no memory is left")
-        self.sizes[self.base + start] = size
-        self._mark(self.base + start, True)
-        return self.base + start
+    def take(self, size):
+        """Return the address of so many bytes, a line of the cache away from all others."""
+        length, wrapped = (-(-size // self.LINE) + 1) * self.LINE, False
+        while True:
+            if self.end + length <= self.words.nbytes:
+                others = np.flatnonzero(self.owned[self.end // WORD : (self.end + length) // WORD])
+                if not others.size:
+                    break
+                self.end += -(-int(others[-1] + 2) * WORD // self.LINE) * self.LINE
+            elif wrapped:
+                raise MemoryError("no memory is left")
+            else:  # what has been freed is used again, as late as possible
+                self.end, wrapped = self.LINE, True
+        address = self.base + self.end
+        self.end += length
+        self.sizes[address] = size
+        self._mark(address, True)
+        return address
 
     def free(self, address):
         """Take bytes back; whoever reads them finds rubbish."""
@@ -280,7 +289,8 @@ class Program:
         self.params = re.findall(r"\.param\s+\.u64\s+(\w+)", params)
         if len(self.params) != params.count(".param"):
             raise UnknownPTXError("arguments that are not 64 bits wide")
-        self.most_threads = int(re.search(r"\.maxntid\s+(\d+)", bounds)[1])
+        most = re.search(r"\.maxntid\s+(\d+)", bounds)
+        self.most_threads = int(most[1]) if most else 1024
         self.shared_size, self.symbols = 0, {}
         for symbol, size in re.findall(r"\.shared\s+\.align\s+8\s+\.b8\s+(\w+)\[(\d+)\]", text):
             self.symbols[symbol], self.shared_size = self.shared_size, self.shared_size + int(size)
