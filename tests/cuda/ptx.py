@@ -275,11 +275,13 @@ class Program:
 
     Attributes
     ----------
-    text : str
-        The text, without its target and without names that tell one compilation from another.
+    source, text : str
+        What was given; the same without its target, and without names that tell one
+        compilation from another.
     """
 
     def __init__(self, text):
+        self.source = text
         text = re.sub(r"//[^\n]*", "", text.rstrip("\0"))
         entries = re.findall(r"\.entry\s+(\w+)\s*\(([^)]*)\)([^{]*)\{(.*)\}", text, re.DOTALL)
         if len(entries) != 1 or ".func" in text:

@@ -148,6 +148,59 @@ for dtype, dtypes in DTYPES.items():
             )
 
 
+def not_finite_somewhere(lib, dtype, sizes, which):
+    """A NaN in one array after another: wherever it is when warps, and parts, are compared."""
+    options = {"max_grad_norm": 2.0, "nonfinite": "raise"}
+    twins = Twins(lib, (dtype,), sizes)
+    host, device = (fastadam.Adam(arrays, **options) for arrays in (twins.params, twins.owners))
+    for k in which:
+        drawn = twins.draw()
+        if k is not None:
+            drawn[k][-1] = math.nan
+        twins.fill(drawn)
+        told = [
+            attempt(opt, grads)
+            for opt, grads in ((host, twins.grads), (device, twins.owned_grads))
+        ]
+        assert told[0] == told[1]
+    twins.check(host, device)
+
+
+for dtype in ("f4", "f8"):
+    run = functools.partial(
+        not_finite_somewhere, dtype=dtype, sizes=[(3,)] * 22, which=[*range(22), None]
+    )
+    case(f"nan in each of 22 arrays {dtype}", run)
+
+
+def smallest_normal_numbers(lib, dtype, mode, weight_decay):
+    """Moments that are as large as the smallest normal number, or just less: these become 0."""
+    tiny = np.finfo(dtype).tiny
+    less, root = np.nextafter(tiny, dtype(0)), np.sqrt(tiny)
+    near = np.array([tiny, -tiny, less, -less, root, np.nextafter(root, dtype(0)), 0, 1], dtype)
+    shapes, zero_grad = ((1_027,), [1_030]), mode == "everything"
+    twins = Twins(lib, (dtype,), shapes)
+    twins.params, twins.owners = twins.make([np.zeros_like(array) for array in twins.params])
+    # So that a gradient is its moments, and parameters, of which L2 adds a part, stay 0.
+    options = {**MODES[mode][0], "betas": (0.0, 0.0), "lr": 0.0, "max_grad_norm": None}
+    options["weight_decay"] = weight_decay
+    host, device = (fastadam.Adam(arrays, **options) for arrays in (twins.params, twins.owners))
+    for _ in range(3):
+        twins.fill([twins.rng.choice(near, array.shape) for array in twins.grads])
+        host.step(twins.grads, zero_grad=zero_grad)
+        device.step(twins.owned_grads, zero_grad=zero_grad)
+        twins.check(host, device)
+
+
+for dtype in (np.float32, np.float64):
+    for mode in ("plain", "everything"):
+        for decay in (0.0, 0.1):
+            run = functools.partial(
+                smallest_normal_numbers, dtype=dtype, mode=mode, weight_decay=decay
+            )
+            case(f"smallest normal numbers {mode} {dtype.__name__} {decay}", run)
+
+
 def out_of_range_by_its_factor(lib):
     """A finite gradient that grad_scale makes infinite in its own type, beside another."""
     twins = Twins(lib, ("f4", "f8"), ((3,), (3,)))
@@ -231,7 +284,9 @@ for count in (257, 600, 1_100):  # more than a block that settles has threads
     case(f"{count} arrays", run, sample=count == 600)
 case(  # more parts of a norm than are added at a time
     "thousands of arrays",
-    runs(("f4",), "clip", 1, 1, [(1,)] * (8 * 1024 + 77)),
+    functools.partial(
+        not_finite_somewhere, dtype="f8", sizes=[(1,)] * (8 * 1024 + 77), which=[None, 8_200]
+    ),
     size=1 << 25,
 )
 
