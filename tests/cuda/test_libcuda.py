@@ -1,0 +1,56 @@
+"""The CUDA tests on a libcuda of our own, in a process of their own: see `libcuda_driver`."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent
+TESTS = FOLDER.parent
+# Of the tests for a GPU: those that are short, and of the steps those that use most.
+SHORT = "not test_gpu or test_overlap or on_the_host or does_not_wait"
+LONG = """not (1000_steps or scaled or ends_of_float32 or nan_and_infinity or around_chunks
+ or thousands or leaks or leave_nothing or results_outlive or sanitizer or two_devices)
+ or (everything and both) or (everything and 170)""".replace("\n", "")
+
+
+@pytest.fixture
+def run(optional):
+    optional("numba_cuda")
+    optional("cuda.bindings.nvjitlink")
+    if sys.platform != "linux" or shutil.which("gcc") is None:
+        pytest.skip("no gcc to build a libcuda with")
+
+    def run_files(names, chosen, at_least):
+        folders = [FOLDER, TESTS, TESTS.parent, os.environ.get("PYTHONPATH", "")]
+        options = ["-q", "-rf", "--tb=short", "-p", "no:cacheprovider", "-p", "libcuda_driver"]
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", *options, "-k", chosen, *names],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))},
+            cwd=TESTS.parent,
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+        output = f"{done.stdout[-20_000:]}\n{done.stderr[-5_000:]}"
+        if done.returncode:
+            pytest.fail(output, pytrace=False)
+        passed = re.search(r"(\d+) passed", done.stdout)
+        assert passed, output
+        assert int(passed[1]) >= at_least, output
+        assert "skipped" not in done.stdout, output
+
+    return run_files
+
+
+def test_a_sample(run):
+    run([FOLDER / "libcuda_cases.py", TESTS / "test_gpu.py"], SHORT, 14)
+
+
+@pytest.mark.full
+def test_more_of_them(run):
+    run([FOLDER / "test_streams.py", TESTS / "test_gpu.py"], LONG, 40)
