@@ -8,25 +8,20 @@ say anything.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import statistics
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+import numpy as np
 
-__all__ = [
-    "CUDA_BURST",
-    "Comparison",
-    "Spread",
-    "Steps",
-    "burst",
-    "compare",
-    "host_costs",
-    "spread",
-]
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+__all__ = ["CUDA_BURST", "Comparison", "Spread", "Steps", "burst", "compare", "host_costs"]
+__all__ += ["spread", "step_times"]
 
 BURST = 5e-3  # seconds that a timed burst of steps should take
 CUDA_BURST = 20e-3  # and on a device, which is waited for once at its end
@@ -49,6 +44,10 @@ MOST_REFILLED = 200
 # Calls in a row whose cost on the host is timed: so few that the device's queue, of some 1,000
 # launches, cannot be full.
 CALLS = 4
+# Of `step_times`: before it times, and how many numbers the other work is about: in the first
+# cache, and so few that no library takes more than one thread for them.
+UNTIMED_STEPS, UNTIMED_SECONDS = 8, 0.03
+WORK_NUMBERS = 1_000
 
 
 class Steps(Protocol):
@@ -65,13 +64,7 @@ class Steps(Protocol):
 
 
 class Spread(NamedTuple):
-    """The middle of a list of numbers.
-
-    Attributes
-    ----------
-    median, q1, q3 : float
-        Half, a quarter, and three quarters of the numbers are below.
-    """
+    """The middle of a list of numbers: half, a quarter and three quarters are below."""
 
     median: float
     q1: float
@@ -84,15 +77,7 @@ class Spread(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """What `compare` found.
-
-    Attributes
-    ----------
-    seconds, other_seconds : list of float
-        Seconds per step of the first and the second contender, per round.
-    number, other_number : int
-        Steps in the last burst.
-    """
+    """What `compare` found: seconds per step in each round, and steps in the last burst."""
 
     seconds: list[float]
     other_seconds: list[float]
@@ -102,23 +87,11 @@ class Comparison(NamedTuple):
     @property
     def ratios(self) -> list[float]:
         """The second contender's time over the first's, per round."""
-        return [
-            theirs / ours for ours, theirs in zip(self.seconds, self.other_seconds, strict=True)
-        ]
+        return [b / a for a, b in zip(self.seconds, self.other_seconds, strict=True)]
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Return median and quartiles.
-
-    Parameters
-    ----------
-    values : sequence of float
-        At least one.
-
-    Returns
-    -------
-    Spread
-        Quartiles by linear interpolation, as `numpy.quantile` has them.
+    """Return median and quartiles, with linear interpolation as in `numpy.quantile`.
 
     Examples
     --------
@@ -132,6 +105,18 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(median, q1, q3)
 
 
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Turn it off for a ``with`` block, unless it is off already."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 def burst(
     contender: Steps,
     number: int,
@@ -139,28 +124,13 @@ def burst(
     refill: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """Time a burst of steps, without garbage collection.
+    """Time some steps, and return the seconds per step.
 
-    Parameters
-    ----------
-    contender : Steps
-        What takes the steps.
-    number : int
-        How many, at least 1.
-    refill : bool, default False
-        Set the gradients back before every step, and time each step alone.
-    clock : callable
-        Returns seconds.
-
-    Returns
-    -------
-    float
-        Seconds per step.
+    With `refill`, the gradients are set back before every step, and each step
+    is timed alone.
     """
     step, wait = contender.step, contender.wait
-    collects = gc.isenabled()
-    gc.disable()
-    try:
+    with _no_garbage_collection():
         if refill:
             total = 0.0
             for _ in range(number):
@@ -175,9 +145,6 @@ def burst(
             step()
         wait()
         return (clock() - began) / number
-    finally:
-        if collects:
-            gc.enable()
 
 
 def compare(
@@ -254,59 +221,6 @@ def _plan(seconds: float, burst_seconds: float, *, refill: bool) -> tuple[int, i
     return number, warm_up
 
 
-def host_costs(
-    first: Steps,
-    second: Steps,
-    *,
-    rounds: int,
-    budget: float = BUDGET / 4,
-    clock: Callable[[], float] = time.perf_counter,
-) -> tuple[list[float], list[float]]:
-    """Time the calls alone, of contenders whose steps run on a device later on.
-
-    The device has nothing to do when a turn begins, and is not waited for
-    within it.
-
-    Parameters
-    ----------
-    first, second : Steps
-        The contenders, both warm.
-    rounds : int
-        How often each has its turn, at most: fewer, but no fewer than 5, if
-        they take longer than `budget`.
-    budget : float
-        Seconds.
-    clock : callable
-        Returns seconds.
-
-    Returns
-    -------
-    seconds, other_seconds : lists of float
-        Seconds per call of the first and the second contender, per round.
-    """
-    times: tuple[list[float], list[float]] = ([], [])
-    ends = clock() + budget
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        for turn in range(rounds):
-            if turn >= LEAST_ROUNDS and clock() > ends:
-                break
-            for which in (0, 1) if turn % 2 == 0 else (1, 0):
-                contender = (first, second)[which]
-                step = contender.step
-                contender.wait()
-                began = clock()
-                for _ in range(CALLS):
-                    step()
-                times[which].append((clock() - began) / CALLS)
-                contender.wait()
-    finally:
-        if collects:
-            gc.enable()
-    return times
-
-
 def _calibrate(contender: Steps, burst_seconds: float, *, refill: bool) -> float:
     """Return about how many seconds a step takes that is compiled, cached and not held up."""
     burst(contender, 1, refill=refill)  # compiles, starts threads, touches the state's memory
@@ -322,3 +236,90 @@ def _calibrate(contender: Steps, burst_seconds: float, *, refill: bool) -> float
         if planned <= 4 * number:
             return fastest
         number = planned // 2
+
+
+def host_costs(
+    first: Steps,
+    second: Steps,
+    *,
+    rounds: int,
+    budget: float = BUDGET / 4,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[list[float], list[float]]:
+    """Time the calls alone, of contenders whose steps run on a device later on.
+
+    The device has nothing to do when a turn begins, and is not waited for
+    within it. Both contenders are warm; rounds are as for `compare`. Returns
+    the seconds per call of each, per round.
+    """
+    times: tuple[list[float], list[float]] = ([], [])
+    ends = clock() + budget
+    with _no_garbage_collection():
+        for turn in range(rounds):
+            if turn >= LEAST_ROUNDS and clock() > ends:
+                break
+            for which in (0, 1) if turn % 2 == 0 else (1, 0):
+                contender = (first, second)[which]
+                step = contender.step
+                contender.wait()
+                began = clock()
+                for _ in range(CALLS):
+                    step()
+                times[which].append((clock() - began) / CALLS)
+                contender.wait()
+    return times
+
+
+def step_times(
+    step: Callable[[], object],
+    *,
+    work: float,
+    steps: int,
+    seconds: float,
+    clock: Callable[[], int] = time.perf_counter_ns,
+) -> list[int]:
+    """Time each step of a loop that does other work between two steps.
+
+    The first 8 steps, and those of the first 0.03 seconds, do not count: they
+    bring the array into the caches again, wake the threads, and use up what the
+    system owes a process that has slept.
+
+    Parameters
+    ----------
+    step : callable
+        Takes a step.
+    work : float
+        Seconds of other work before every step; it is numeric, in one thread.
+    steps : int
+        How many to time, at least.
+    seconds : float
+        For how long to time steps, at least.
+    clock : callable
+        Returns nanoseconds.
+
+    Returns
+    -------
+    list of int
+        Nanoseconds, one for each step.
+    """
+    pause = int(work * 1e9)
+    numbers = np.linspace(0.1, 1.0, WORK_NUMBERS)
+    out = np.empty_like(numbers)
+
+    def loop(steps: int, seconds: float) -> list[int]:
+        times: list[int] = []
+        ends = clock() + int(seconds * 1e9)
+        began = clock()
+        while len(times) < steps or began < ends:
+            if pause:
+                resumes = clock() + pause
+                while clock() < resumes:
+                    np.sqrt(numbers, out=out)
+            began = clock()
+            step()
+            times.append(clock() - began)
+        return times
+
+    with _no_garbage_collection():
+        loop(UNTIMED_STEPS, UNTIMED_SECONDS)
+        return loop(steps, seconds)

@@ -67,10 +67,7 @@ class Roofline:
     _divides = False
 
     def __init__(
-        self,
-        params: Sequence[NDArray[Any]],
-        grads: Sequence[NDArray[Any]],
-        tail: bool = False,
+        self, params: Sequence[NDArray[Any]], grads: Sequence[NDArray[Any]], tail: bool = False
     ) -> None:
         # An optimizer for its tables: where everything lies, and how it is cut.
         self._opt = Adam(list(params), ema_decay=0.5 if tail else None)
@@ -82,6 +79,10 @@ class Roofline:
         norm = _cpu.sum_kernel(context.dtype, parallel=context.parallel)
         self._address = context.address
         self._kernels = [norm, move] if tail else [move]
+        if self._divides:
+            for state in self._opt.state.values():
+                state["exp_avg"].fill(1)
+                state["exp_avg_sq"].fill(1)
 
     def step(self) -> None:
         """Pass over memory once; with `tail`, over the gradients twice."""
@@ -93,15 +94,8 @@ class Divider(Roofline):
     """Read and write the same, and take a square root and divide, once for each element.
 
     param becomes ``exp_avg / sqrt(exp_avg_sq)``, exp_avg the gradient and
-    exp_avg_sq the old param: there is no other arithmetic, and what is positive
-    at first stays so, and neither overflows nor becomes subnormal.
-
-    Parameters
-    ----------
-    params, grads : sequences of ndarray
-        As for `Roofline`; positive.
-    tail : bool, default False
-        As for `Roofline`, whose first pass is the same.
+    exp_avg_sq the old param, in positive arrays: there is no other arithmetic, and
+    what is positive at first stays so, and neither overflows nor becomes subnormal.
 
     Examples
     --------
@@ -116,17 +110,6 @@ class Divider(Roofline):
     """
 
     _divides = True
-
-    def __init__(
-        self,
-        params: Sequence[NDArray[Any]],
-        grads: Sequence[NDArray[Any]],
-        tail: bool = False,
-    ) -> None:
-        super().__init__(params, grads, tail)
-        for state in self._opt.state.values():
-            state["exp_avg"].fill(1)
-            state["exp_avg_sq"].fill(1)
 
 
 # Whether there is an average: in `move_chunk`, replaced by True or None.

@@ -1,10 +1,61 @@
-"""Text for a terminal."""
+"""Numbers, lines and tables for a terminal."""
 
 from __future__ import annotations
 
 import textwrap
+from typing import TYPE_CHECKING, NamedTuple
 
-__all__ = ["wrapped"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from rich.console import Console
+
+__all__ = ["Column", "column", "format_ratio", "format_seconds", "print_columns", "say", "split"]
+__all__ += ["wrapped"]
+
+
+class Column(NamedTuple):
+    """A heading of two lines and a cell per row, each with a style."""
+
+    head: tuple[str, str]
+    cells: list[tuple[str, str]]
+
+    @property
+    def width(self) -> int:
+        """Characters, and two to the next column."""
+        return max(len(text) for text in (*self.head, *(cell for cell, _ in self.cells))) + 2
+
+
+def column(head: tuple[str, str], cells: Iterable[str]) -> Column:
+    """Return a column without styles."""
+    return Column(head, [(cell, "") for cell in cells])
+
+
+def format_seconds(seconds: float, micro: str = "\N{MICRO SIGN}s") -> str:
+    """Write a time in three digits and a unit; `micro` is that of a microsecond.
+
+    Examples
+    --------
+    >>> from fastadam.bench.text import format_seconds
+    >>> format_seconds(0.0538), format_seconds(1.2e-7)
+    ('53.8 ms', '120 ns')
+    """
+    units = ((1.0, "s"), (1e3, "ms"), (1e6, micro))
+    fitting = (pair for pair in units if seconds * pair[0] >= 0.9995)
+    factor, unit = next(fitting, (1e9, "ns"))
+    return f"{format_ratio(seconds * factor)} {unit}"
+
+
+def format_ratio(ratio: float) -> str:
+    """Write a number in three digits.
+
+    Examples
+    --------
+    >>> from fastadam.bench.text import format_ratio
+    >>> format_ratio(1.04), format_ratio(82.226), format_ratio(1234)
+    ('1.04', '82.2', '1,234')
+    """
+    return f"{ratio:,.{2 if ratio < 9.995 else 1 if ratio < 99.95 else 0}f}"
 
 
 def wrapped(text: str, width: int | None, indent: str = "") -> str:
@@ -44,3 +95,47 @@ def wrapped(text: str, width: int | None, indent: str = "") -> str:
                 break_on_hyphens=False,
             )
     return "\n".join(lines)
+
+
+def say(console: Console, text: str) -> None:
+    """Print text, on a terminal in lines of whole words, of which one may be longer."""
+    # rich would either cut a word that is longer, or break no line at all.
+    width = console.width if console.is_terminal else None
+    console.print(wrapped(text, width), no_wrap=True, overflow="ignore", crop=False)
+
+
+def split(fixed: Sequence[Column], columns: Sequence[Column], width: int) -> list[list[Column]]:
+    """Share columns out to as many tables as they need, each with the fixed ones first."""
+    room = width + 2 - sum(column.width for column in fixed)
+    parts: list[list[Column]] = []
+    left = 0
+    for column in columns:
+        if column.width > left:
+            parts.append(list(fixed))
+            left = room
+        parts[-1].append(column)
+        left -= column.width
+    return parts
+
+
+def print_columns(console: Console, columns: Sequence[Column]) -> None:
+    """Print a table."""
+    from rich import box
+    from rich.segment import Segment, Segments
+    from rich.table import Table
+    from rich.text import Text
+
+    # Between columns stand a blank of the padding and one of the box.
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+    for place, column in enumerate(columns):
+        head = Text("\n".join(column.head))
+        table.add_column(head, justify="right" if place else "left", no_wrap=True)
+    for row in zip(*(column.cells for column in columns), strict=True):
+        table.add_row(*(Text(*cell) for cell in row))
+    # rich fills all lines up to the same length.
+    lines = Segment.split_lines(console.render(table))
+    for line in lines:
+        while line and not line[-1].text.strip():
+            line.pop()
+        console.print(Segments([*line, Segment.line()]), end="")
+    console.print()
