@@ -68,15 +68,7 @@ class NumpyArrays:
 
 
 class TorchArrays(NumpyArrays):
-    """Tensors of torch.
-
-    Raises
-    ------
-    ImportError
-        If torch is not installed.
-    RuntimeError
-        If this build of torch finds no CUDA device, and that is asked for.
-    """
+    """Tensors of torch; RuntimeError if a CUDA device is asked for and torch finds none."""
 
     CUDA = "cuda"  # torch's name of the device
 
@@ -108,15 +100,7 @@ class TorchArrays(NumpyArrays):
 
 
 class CupyArrays(NumpyArrays):
-    """Arrays of CuPy.
-
-    Raises
-    ------
-    ImportError
-        If CuPy is not installed.
-    RuntimeError
-        If it finds no device.
-    """
+    """Arrays of CuPy; RuntimeError if it finds no device."""
 
     on_host = False
 
@@ -216,18 +200,10 @@ def release() -> None:
 
 
 def too_large(needed: int, limit: int | None, free: float | None, place: str = "") -> str | None:
-    """Return why a workload does not fit, None if it does.
+    """Return why so many bytes do not fit, None if they do.
 
-    Parameters
-    ----------
-    needed : int
-        Bytes.
-    limit : int or None
-        Of ``--max-memory``.
-    free : float or None
-        Bytes that are free; None where nothing tells.
-    place : str
-        Where, in words; empty for the host.
+    `limit` is that of ``--max-memory``; `free` is None where nothing tells;
+    `place` says where, if not on the host.
 
     Examples
     --------

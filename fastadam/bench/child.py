@@ -37,16 +37,8 @@ class Child:
 
     It is gone, with all that it started, at the end of the ``with`` block. Its
     standard input closes when this process is gone, so that it can end too if
-    this one is killed.
-
-    Parameters
-    ----------
-    command : sequence of str
-        What to start.
-    environ : mapping of str to str, optional
-        Set in its environment, beside what is set in this one.
-    time_limit : float
-        Seconds after which a child that has not written counts as hung.
+    this one is killed. `environ` is set beside the environment of this process;
+    a child that has not written for `time_limit` seconds counts as hung.
     """
 
     def __init__(

@@ -49,20 +49,9 @@ class Contender:
         with decoupled weight decay, average, zero the gradients.
     device : {"cpu", "cuda"}
         Where it works.
-
-    Attributes
-    ----------
-    clears_grads : bool
-        Whether a step sets the gradients to 0, so that they are refilled
-        before the next.
-    grads : list
-        The gradients.
-    filled : list of pairs
-        Gradients, and what `refill` sets them to; on a device none if no step
-        clears them.
     """
 
-    arrays: NumpyArrays
+    arrays: NumpyArrays  # whose methods make its arrays
     params: list[Any]
 
     def __init__(
@@ -72,8 +61,11 @@ class Contender:
         tail: bool,
         device: str = "cpu",
     ) -> None:
-        self.tail, self.device, self.clears_grads = tail, device, tail
+        self.tail, self.device = tail, device
+        # Whether a step sets the gradients to 0, so that they are refilled before the next.
+        self.clears_grads = tail
         self.grads: list[Any] = []
+        # Gradients, and what they are refilled from; on a device none if no step clears them.
         self.filled: list[tuple[Any, Any]] = []
         self.setup(params, grads)
 

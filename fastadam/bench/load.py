@@ -45,21 +45,11 @@ STEPS, SECONDS = 22, 0.2
 
 
 class Row(NamedTuple):
-    """What is measured of every contender.
+    """What is measured of every contender."""
 
-    Attributes
-    ----------
-    size : int
-        Elements of the one array.
-    work : float
-        Seconds of other work between two steps.
-    clipped : bool
-        Whether the step clips to a global norm of 1.
-    """
-
-    size: int
-    work: float
-    clipped: bool
+    size: int  # elements of the one array
+    work: float  # seconds of other work between two steps
+    clipped: bool  # to a global norm of 1
 
 
 class Ratio(NamedTuple):
@@ -76,28 +66,15 @@ class Ratio(NamedTuple):
 
 @dataclass
 class UnderLoad:
-    """What came out.
+    """What came out."""
 
-    Attributes
-    ----------
-    times : dict
-        By row and contender: nanoseconds of each step, a list for each slice.
-    threads : dict of str to int or None
-        By contender: on how many threads a large step runs.
-    layer : str or None
-        Numba's threading layer, where fastadam uses several threads.
-    missing : list of Missing
-        Who could not take part.
-    load : dict of Row to float
-        CPUs that the spinning processes kept busy meanwhile.
-    other_cpus : float or None
-        CPUs that processes of others kept busy meanwhile.
-    """
-
+    # By row and contender: nanoseconds of each step, a list for each slice.
     times: dict[tuple[Row, str], list[list[int]]] = field(default_factory=dict)
+    # By contender: on how many threads a large step runs; of fastadam, Numba's threading layer.
     threads: dict[str, int | None] = field(default_factory=dict)
     layer: str | None = None
     missing: list[Missing] = field(default_factory=list)
+    # CPUs that the spinning processes, and processes of others, kept busy meanwhile.
     load: dict[Row, float] = field(default_factory=dict)
     other_cpus: float | None = None
 
@@ -209,24 +186,10 @@ def measure(
 ) -> UnderLoad:
     """Measure steps beside spinning processes, which have ended when this returns.
 
-    Parameters
-    ----------
-    number : int
-        How many processes spin.
-    sizes : sequence of int
-        Elements of the one array.
-    dtype : str
-        ``"float32"`` or ``"float64"``.
-    with_torch : bool
-        Whether torch's fused Adam takes part, if it is installed.
-    passes : int
-        How often all rows are measured; every other time in reverse order.
-    rounds : int
-        Slices of each contender in each of these.
-    steps, seconds
-        Of a slice, at least.
-    on_turn : callable
-        Told of each slice: those done, all, and whose it is.
+    torch's fused Adam takes part if it is installed, unless `with_torch` is
+    False. All rows are measured in `passes`, every other time in reverse order; in
+    each, every contender has `rounds` slices of `steps` or more, for `seconds` or
+    longer. `on_turn` is told of each slice: those done, all, and whose it is.
 
     Raises
     ------

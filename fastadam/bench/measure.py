@@ -13,14 +13,16 @@ import gc
 import math
 import statistics
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-__all__ = ["CUDA_BURST", "Comparison", "Spread", "Steps", "burst", "compare", "host_costs"]
+    from fastadam.bench.contenders import Contender
+
+__all__ = ["CUDA_BURST", "Comparison", "Spread", "burst", "compare", "host_costs"]
 __all__ += ["spread", "step_times"]
 
 BURST = 5e-3  # seconds that a timed burst of steps should take
@@ -48,19 +50,6 @@ CALLS = 4
 # cache, and so few that no library takes more than one thread for them.
 UNTIMED_STEPS, UNTIMED_SECONDS = 8, 0.03
 WORK_NUMBERS = 1_000
-
-
-class Steps(Protocol):
-    """What is timed."""
-
-    def step(self) -> object:
-        """Take one step."""
-
-    def wait(self) -> None:
-        """Return once the steps are done."""
-
-    def refill(self) -> None:
-        """Set the gradients to what they were at first."""
 
 
 class Spread(NamedTuple):
@@ -118,7 +107,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def burst(
-    contender: Steps,
+    contender: Contender,
     number: int,
     *,
     refill: bool = False,
@@ -148,8 +137,8 @@ def burst(
 
 
 def compare(
-    first: Steps,
-    second: Steps,
+    first: Contender,
+    second: Contender,
     *,
     rounds: int,
     refill: bool = False,
@@ -166,26 +155,9 @@ def compare(
     after the rest, when the threads are slow to come, and stay so for all
     rounds: a wrong ratio, and every round would agree on it.
 
-    Parameters
-    ----------
-    first, second : Steps
-        The contenders.
-    rounds : int
-        How often each has its turn, at most: fewer, but no fewer than 5, if
-        they take longer than `budget`.
-    refill : bool, default False
-        As in `burst`, for both.
-    budget : float
-        Seconds.
-    burst_seconds : float
-        How long a timed burst should take.
-    on_round : callable
-        Called with the rounds done and the rounds planned.
-
-    Returns
-    -------
-    Comparison
-        The times of every round.
+    Each has `rounds` turns, or fewer, but no fewer than 5, if they take longer
+    than `budget` seconds. `refill` is as for `burst`. `on_round` is called with
+    the rounds done and the rounds planned.
     """
     both = (first, second)
     fastest = [_calibrate(contender, burst_seconds, refill=refill) for contender in both]
@@ -221,7 +193,7 @@ def _plan(seconds: float, burst_seconds: float, *, refill: bool) -> tuple[int, i
     return number, warm_up
 
 
-def _calibrate(contender: Steps, burst_seconds: float, *, refill: bool) -> float:
+def _calibrate(contender: Contender, burst_seconds: float, *, refill: bool) -> float:
     """Return about how many seconds a step takes that is compiled, cached and not held up."""
     burst(contender, 1, refill=refill)  # compiles, starts threads, touches the state's memory
     number, fastest = 1, math.inf
@@ -239,8 +211,8 @@ def _calibrate(contender: Steps, burst_seconds: float, *, refill: bool) -> float
 
 
 def host_costs(
-    first: Steps,
-    second: Steps,
+    first: Contender,
+    second: Contender,
     *,
     rounds: int,
     budget: float = BUDGET / 4,
@@ -278,29 +250,12 @@ def step_times(
     seconds: float,
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> list[int]:
-    """Time each step of a loop that does other work between two steps.
+    """Time each step of a loop; return nanoseconds.
 
-    The first 8 steps, and those of the first 0.03 seconds, do not count: they
-    bring the array into the caches again, wake the threads, and use up what the
-    system owes a process that has slept.
-
-    Parameters
-    ----------
-    step : callable
-        Takes a step.
-    work : float
-        Seconds of other work before every step; it is numeric, in one thread.
-    steps : int
-        How many to time, at least.
-    seconds : float
-        For how long to time steps, at least.
-    clock : callable
-        Returns nanoseconds.
-
-    Returns
-    -------
-    list of int
-        Nanoseconds, one for each step.
+    Before every step the loop does `work` seconds of other, numeric work in
+    one thread. At least `steps` are timed, for at least `seconds`, after some
+    that do not count: they bring the array into the caches again, wake the threads,
+    and use up what the system owes a process that has slept.
     """
     pause = int(work * 1e9)
     numbers = np.linspace(0.1, 1.0, WORK_NUMBERS)

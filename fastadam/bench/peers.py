@@ -137,7 +137,7 @@ class Optax(Contender):
         return [np.asarray(param) for param in self._kept[0]]
 
 
-class OfNumpy(Contender):
+class NumpyContender(Contender):
     """One that updates NumPy arrays, in one thread."""
 
     def setup(self, params: Sequence[NDArray[Any]], grads: Sequence[NDArray[Any]]) -> None:
@@ -156,7 +156,7 @@ class OfNumpy(Contender):
         return 1
 
 
-class Thinc(OfNumpy):
+class Thinc(NumpyContender):
     """``thinc.api.Adam``, called with each parameter; a call sets the gradient to 0."""
 
     def make(self) -> None:
@@ -176,7 +176,7 @@ class Thinc(OfNumpy):
         opt.step_schedules()
 
 
-class ScikitLearn(OfNumpy):
+class ScikitLearn(NumpyContender):
     """The optimizer inside scikit-learn's ``MLPClassifier``, written in NumPy."""
 
     def make(self) -> None:
@@ -258,44 +258,21 @@ class CupyKernel(Cupy):
 
 @dataclass(frozen=True)
 class Peer:
-    """A contender, and what must be known before it is made.
+    """A contender, and what must be known before it is made."""
 
-    Attributes
-    ----------
-    name, title : str
-        On the command line; in sentences.
-    make : class
-        ``make(params, grads, tail, device)`` is a `Contender`.
-    head : tuple of str
-        Two lines at the head of its column in a table.
-    color : str
-        Of its bars and its line; distinct also to the colour-blind (Okabe
-        and Ito).
-    devices : tuple of str
-        Where it works.
-    arrays, tail_arrays : int
-        How many times a parameter's bytes it holds at its peak: param, grad,
-        two moments, and what it makes in passing; for the whole tail of a step
-        0 if it has none.
-    package, install : str
-        What to import, and to ``pip install``; empty if fastadam has it.
-    versions : tuple of str
-        Distributions whose versions matter.
-    dtypes : tuple of str
-        What it can update.
-    """
-
-    name: str
-    title: str
+    name: str  # on the command line
+    title: str  # in sentences
     make: type[Contender]
-    head: tuple[str, str] = ("", "")
-    color: str = ""
+    head: tuple[str, str] = ("", "")  # two lines over its column in a table
+    color: str = ""  # of its bars and its line: Okabe and Ito's, for the colour-blind too
     devices: tuple[str, ...] = ("cpu",)
+    # How many times a parameter's bytes it holds at its peak: param, grad, two moments, and what
+    # it makes in passing; with the tail also an average, or 0 if it has no tail.
     arrays: int = 4
     tail_arrays: int = 5
-    package: str = ""
-    install: str = ""
-    versions: tuple[str, ...] = ()
+    package: str = ""  # to import; empty if fastadam has it
+    install: str = ""  # for pip, if it has another name
+    versions: tuple[str, ...] = ()  # distributions whose versions matter
     dtypes: tuple[str, ...] = ("float32", "float64")
 
     @property

@@ -34,25 +34,10 @@ def save_plot(
 ) -> None:
     """Save bars of the ratios, and lines of the cost of a parameter by size.
 
-    Of what is noisy, only the quartiles are drawn, with that word beside them.
-
-    Parameters
-    ----------
-    results : sequence of Measured
-        What was measured.
-    path : pathlib.Path
-        Its ending names the format: ``.png``, ``.svg`` or ``.pdf``.
-    names : sequence of str
-        The workloads that the bars are of.
-    sizes : sequence of int
-        What the lines are over.
-    title : str
-        Stands above the picture.
-
-    Raises
-    ------
-    OSError
-        If the file cannot be written.
+    The bars are of the workloads `names`, the lines over `sizes`. Of what is
+    noisy, only the quartiles are drawn, with that word beside them. The ending of
+    `path` names the format: ``.png``, ``.svg`` or ``.pdf``. OSError if the file
+    cannot be written.
     """
     # Not pyplot: no window, no global state, the same on a machine without a screen.
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -7,6 +7,8 @@ import platform
 import statistics
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from fastadam import machine
 from fastadam.bench import load, peers
 from fastadam.bench.contenders import HYPERPARAMETERS, TRAFFIC
@@ -28,18 +30,10 @@ CUDA = "numba-cuda cuda-bindings cuda-core torch cupy-cuda13x cupy-cuda12x cupy"
 
 
 class Part(NamedTuple):
-    """What is measured in one go.
+    """What is measured in one go."""
 
-    Attributes
-    ----------
-    tail : bool
-        The whole tail of a step rather than a step.
-    shapes : dict of str to sequence of shapes
-        The workloads: those of a name, then single arrays, whose names are
-        their lengths.
-    """
-
-    tail: bool
+    tail: bool  # the whole tail of a step rather than a step
+    # The workloads: those of a name, then single arrays, whose names are their lengths.
     shapes: dict[str, Sequence[Shape]]
 
     @property
@@ -85,7 +79,7 @@ def fastadam_seconds(results: Iterable[Measured]) -> dict[str, Own]:
 
 def step_bytes(dtype: str, tail: bool) -> int:
     """Return how many bytes of each element a step reads and writes."""
-    return TRAFFIC[tail] * (8 if dtype == "float64" else 4)
+    return TRAFFIC[tail] * np.dtype(dtype).itemsize
 
 
 def as_dict(values: Spread | None, noisy: bool | None = None) -> dict[str, Any] | None:
@@ -150,58 +144,8 @@ def to_dict(
 ) -> dict[str, Any]:
     """Put the results of pairs into a form fit for JSON.
 
-    Parameters
-    ----------
-    session : Session
-        What was measured.
-    settings : mapping
-        Goes in as it is, with ``dtype`` among it.
-    shapes : mapping of str to sequence of shapes
-        All workloads.
-
-    Returns
-    -------
-    dict
-        With the keys
-
-        ``date``
-            In UTC (str, ISO 8601).
-        ``machine``
-            ``system``, ``cpu`` (str); ``cpus``, ``cpus_allowed`` (int: in the
-            machine, by this process's affinity); ``cpu_quota`` (float or None:
-            CPUs' worth of time that the control group grants);
-            ``memory_available`` (int or None: bytes, now).
-        ``versions``
-            Name to version, of what took part.
-        ``settings``
-            As given.
-        ``workloads``
-            By name: ``tensors``, ``elements`` (int).
-        ``threads``
-            By contender (int or None).
-        ``other_cpus``
-            By contender (float or None): how many CPUs other processes kept
-            busy while it was measured.
-        ``results``
-            A list of dicts: ``workload``, ``contender``, ``device`` (str);
-            ``kind`` (``"step"`` or ``"tail"``), ``tail`` (bool); ``seconds``,
-            ``fastadam_seconds`` (float: median per step of this pair);
-            ``ratio`` (dict of ``median``, ``q1``, ``q3``, floats: the
-            contender's time over fastadam's); ``noisy`` (bool: the quartiles
-            are too far apart, or ``crowded``, bool: other processes kept CPUs
-            busy that a step needs); ``rounds``, ``number``,
-            ``fastadam_number`` (int); ``host_seconds``,
-            ``fastadam_host_seconds`` (of a call alone, on a device: dict of
-            ``median``, ``q1``, ``q3``, ``noisy``, or None).
-        ``fastadam_seconds``
-            By workload, over all pairs that are not noisy: ``median``,
-            ``q1``, ``q3``, ``noisy``; on a CUDA device of a step alone, and
-            ``tail_fastadam_seconds`` of the whole tail of a step.
-        ``not_measured``
-            A list of dicts: ``contender`` (str), ``workload`` (str, or None
-            for all), ``reason`` (str), ``tail`` (bool).
-        ``device``, ``figures``
-            On a CUDA device, what `device_facts` and `figures` return.
+    `settings` go in as they are, with ``dtype`` among them; `shapes` are all
+    workloads. docs/api/command_line.md says what the keys hold.
     """
     on_cuda = session.device == "cuda"
     measured = session.measured
@@ -260,22 +204,9 @@ def device_facts() -> dict[str, Any]:
 
 
 def figures(session: Session, shapes: Mapping[str, Sequence[Shape]], dtype: str) -> dict[str, Any]:
-    """Return the answers to what a device is measured for.
+    """Return the answers to what a device is measured for, by workload.
 
-    Returns
-    -------
-    dict
-        By workload, each with ``median``, ``q1``, ``q3`` and ``noisy``:
-
-        ``copy_fraction``, ``tail_copy_fraction``
-            A step's bandwidth over that of a copy on the device; also
-            ``bytes_per_second``, ``copy_bytes_per_second`` and
-            ``bytes_per_parameter``.
-        ``torch_fused``, ``tail_torch_fused``
-            How many times as long torch's fused optimizer takes.
-        ``host_seconds``
-            Of a call alone, by ``opt.step(grads)``, ``opt.step()`` and the
-            names of the peers.
+    docs/api/command_line.md says what the keys hold.
     """
     found: dict[str, dict[str, Any]] = {}
     for tail, prefix in ((False, ""), (True, "tail_")):
@@ -308,38 +239,8 @@ def figures(session: Session, shapes: Mapping[str, Sequence[Shape]], dtype: str)
 def load_to_dict(found: UnderLoad, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Put the results of steps beside busy processes into a form fit for JSON.
 
-    Parameters
-    ----------
-    found : UnderLoad
-        What was measured.
-    settings : mapping
-        Goes in as it is; ``load`` is among it, the number of processes.
-
-    Returns
-    -------
-    dict
-        With ``date``, ``machine``, ``versions``, ``settings`` and
-        ``not_measured`` as of `to_dict`, and
-
-        ``threads``, ``layer``
-            By contender (int or None); fastadam's threading layer.
-        ``load_cpus``, ``expected_load_cpus``
-            The least that the busy processes got during a row, and what
-            would be their fair share (float: CPUs).
-        ``other_cpus``
-            What other processes got meanwhile (float or None).
-        ``results``
-            A list of dicts: ``elements`` (int), ``work_seconds`` (float:
-            other work between two steps), ``clipped`` (bool), ``contender``,
-            ``device`` (str), ``kind`` (``"load"``), ``mean_seconds``,
-            ``median_seconds`` (float: of a step), ``steps`` (int),
-            ``load_cpus`` (float).
-        ``ratios``
-            A list of dicts: ``elements``, ``work_seconds``, ``clipped``;
-            ``ratio``, ``standard_error`` (float: fastadam's mean over that in
-            one thread), ``noisy`` (bool).
-        ``geometric_means``
-            The same over all sizes, without ``elements``.
+    `settings` go in as they are, with ``load`` among them, the number of
+    processes. docs/api/command_line.md says what the keys hold.
     """
     names = [name for name in load.CONTENDERS if name in found.threads]
     packages = ["torch"] if "torch-fused" in names else []

@@ -44,14 +44,8 @@ class Roofline:
     Reads param, grad, exp_avg and exp_avg_sq, and writes all but grad; with
     `tail`, first reads grad once more (for its norm), and also reads and
     writes an average of param and writes grad. Chunks, threads and the
-    placing of the state are those of a step.
-
-    Parameters
-    ----------
-    params, grads : sequences of ndarray
-        float32 or float64, all alike; written to.
-    tail : bool, default False
-        The traffic of clipping, averaging and zeroing as well.
+    placing of the state are those of a step. The arrays are float32 or float64, all
+    alike, and written to.
 
     Examples
     --------

@@ -24,42 +24,21 @@ COMMAND = (*WORKER, "compare")
 
 @dataclass(frozen=True)
 class Measured:
-    """One contender beside fastadam on one workload.
-
-    Attributes
-    ----------
-    contender, workload : str
-        Names.
-    seconds : float
-        Median time of a step of the contender.
-    fastadam_rounds : tuple of float
-        Times of a step of fastadam, round by round.
-    ratio : Spread
-        Of the contender's time over fastadam's, round by round.
-    rounds : int
-        How many ratios.
-    number, fastadam_number : int
-        Steps in a timed burst, the last one.
-    host_seconds, fastadam_host_seconds : Spread or None
-        Of a call alone, where the step itself runs on a CUDA device.
-    crowded : bool
-        Whether other processes kept CPUs busy that a step needs.
-    tail : bool
-        Whether a step is the whole tail of a training step.
-    """
+    """One contender beside fastadam on one workload."""
 
     contender: str
     workload: str
-    seconds: float
-    fastadam_rounds: tuple[float, ...]
-    ratio: Spread
+    seconds: float  # median time of a step of the contender
+    fastadam_rounds: tuple[float, ...]  # times of a step of fastadam, round by round
+    ratio: Spread  # of the contender's time over fastadam's, round by round
     rounds: int
-    number: int
+    number: int  # steps in a timed burst, the last one
     fastadam_number: int
+    # Of a call alone, where the step itself runs on a CUDA device.
     host_seconds: Spread | None = None
     fastadam_host_seconds: Spread | None = None
-    crowded: bool = False
-    tail: bool = False
+    crowded: bool = False  # other processes kept CPUs busy that a step needs
+    tail: bool = False  # a step is the whole tail of a training step
 
     @property
     def noisy(self) -> bool:
@@ -88,23 +67,12 @@ class Missing:
 
 @dataclass
 class Session:
-    """What came out.
+    """What came out."""
 
-    Attributes
-    ----------
-    device : {"cpu", "cuda"}
-        Where the steps were taken.
-    measured, missing : list
-        Results, and what there is no result of.
-    threads : dict of str to int or None
-        By contender: on how many threads a large step runs.
-    other_cpus : dict of str to float or None
-        By contender: how many CPUs other processes kept busy meanwhile.
-    """
-
-    device: str = "cpu"
+    device: str = "cpu"  # or "cuda": where the steps were taken
     measured: list[Measured] = field(default_factory=list)
     missing: list[Missing] = field(default_factory=list)
+    # By contender: on how many threads a large step runs; how many CPUs others kept busy.
     threads: dict[str, int | None] = field(default_factory=dict)
     other_cpus: dict[str, float | None] = field(default_factory=dict)
 
@@ -157,24 +125,11 @@ def measure(
     command: Sequence[str] = COMMAND,
     time_limit: float = TIME_LIMIT,
 ) -> None:
-    """Measure every contender beside fastadam on every workload.
+    """Measure every contender beside fastadam on every workload, and tell `found`.
 
-    Parameters
-    ----------
-    found : Session
-        Modified: what is measured, what is not, and why.
-    peers : sequence of Peer
-        The contenders.
-    workloads : mapping of str to sequence of shapes
-        What the parameters look like, by name.
-    tail, dtype, rounds, max_memory
-        As the command line has them.
-    on_event : callable
-        Told of every event, for a display of progress.
-    command : sequence of str
-        What to start, with the specification on its standard input.
-    time_limit : float
-        Seconds after which a silent child is stopped.
+    The options are the command line's. `on_event` is told of every event of
+    `fastadam.bench.worker`, for a display of progress; a child that is silent
+    for `time_limit` seconds is stopped.
     """
     for peer in peers:
         reason = peer.why_not(dtype, tail)

@@ -52,14 +52,8 @@ def _micro(console: Console) -> str:
 def show(session: Session, parts: Sequence[Part], report: Mapping[str, Any]) -> None:
     """Print tables of pairs, what they hold for, and what there is none of.
 
-    Parameters
-    ----------
-    session : Session
-        What was measured.
-    parts : sequence of Part
-        What was asked for.
-    report : mapping
-        Of `fastadam.bench.report.to_dict`.
+    `parts` is what was asked for, `report` what `fastadam.bench.report.to_dict`
+    made of it.
     """
     console, dtype = _console(), report["settings"]["dtype"]
     for part in parts:

@@ -61,19 +61,8 @@ def format_ratio(ratio: float) -> str:
 def wrapped(text: str, width: int | None, indent: str = "") -> str:
     """Break lines between words, and nowhere else.
 
-    Parameters
-    ----------
-    text : str
-        One or more lines.
-    width : int or None
-        Characters for a line; a word may be longer. None leaves all as it is.
-    indent : str
-        What the lines that are added begin with.
-
-    Returns
-    -------
-    str
-        More lines.
+    Lines have `width` characters, or one word that is longer; None leaves all as
+    it is. The lines that are added begin with `indent`.
 
     Examples
     --------

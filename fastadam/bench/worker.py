@@ -46,6 +46,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fastadam import machine
 from fastadam.bench import arrays, contenders, peers
 from fastadam.bench.measure import BURST, CUDA_BURST, compare, host_costs, step_times
@@ -78,11 +80,7 @@ def needed_bytes(elements: int, peer: Peer, dtype: str, tail: bool, device: str 
     40000
     """
     both = sum(p.tail_arrays if tail else p.arrays for p in (peers.FASTADAM, peer))
-    return (both + (2 if device == "cpu" or tail else 0)) * elements * _itemsize(dtype)
-
-
-def _itemsize(dtype: str) -> int:
-    return 8 if dtype == "float64" else 4
+    return (both + (2 if device == "cpu" or tail else 0)) * elements * np.dtype(dtype).itemsize
 
 
 def serve(spec: Mapping[str, Any], emit: Callable[..., None]) -> None:
@@ -118,7 +116,7 @@ def _why_too_large(elements: int, peer: Peer, spec: Mapping[str, Any]) -> str | 
     arrays.release()
     reason = arrays.too_large(needed, limit, arrays.free_on_device(), "on the device")
     # The values that both start from are made on the host.
-    values = 2 * elements * _itemsize(dtype)
+    values = 2 * elements * np.dtype(dtype).itemsize
     return reason or arrays.too_large(values, None, machine.memory_available())
 
 
