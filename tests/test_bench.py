@@ -482,7 +482,7 @@ def test_describe_names_the_cause():
         except OSError as error:
             raise RuntimeError("failed to build") from error
     except RuntimeError as error:
-        text = worker.describe(error)
+        text = worker.describe_error(error)
     assert text == "RuntimeError: failed to build; because of OSError: no g++"
 
 

@@ -453,7 +453,7 @@ def _pretend(monkeypatch, found, optional):
 
     def measure_nothing(into, *_, tail, **__):
         asked.append((tail, into.device))
-        into.measured += found.of(tail)
+        into.measured += found.results(tail)
         into.missing += [one for one in found.missing if one.tail == tail]
         into.other_cpus = found.other_cpus
 

@@ -17,7 +17,7 @@ from fastadam.bench import arrays
 from fastadam.machine import cuda_backend
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -53,6 +53,7 @@ class Contender:
 
     arrays: NumpyArrays  # whose methods make its arrays
     params: list[Any]
+    step: Callable[[], object]  # takes one step
 
     def __init__(
         self,
@@ -73,16 +74,12 @@ class Contender:
         """Set `arrays`, `params` and gradients, make the optimizer and perhaps `step`."""
         raise NotImplementedError
 
-    def step(self) -> object:
-        """Take one step."""
-        raise NotImplementedError
-
     def wait(self) -> None:
         """Return once the steps are done."""
         if self.device == "cuda":
             arrays.synchronize()
 
-    def keep(self, own: Sequence[Any], grads: Sequence[NDArray[Any]]) -> None:
+    def remember(self, own: Sequence[Any], grads: Sequence[NDArray[Any]]) -> None:
         """Remember the gradients, and what they are filled from, if that can be needed."""
         self.grads = list(own)
         if self.arrays.on_host or self.clears_grads:
@@ -111,7 +108,7 @@ class Contender:
 class FastAdam(Contender):
     """``opt.step(grads)``, with the same arrays at each step."""
 
-    plain: ClassVar[dict[str, Any]] = {}  # options of a step without the tail
+    step_options: ClassVar[dict[str, Any]] = {}  # options of a step without the tail
 
     def setup(self, params: Sequence[NDArray[Any]], grads: Sequence[NDArray[Any]]) -> None:
         """Make the optimizer, and gradients."""
@@ -120,18 +117,20 @@ class FastAdam(Contender):
         self.arrays = arrays.choose(self.device)
         self.params = [self.arrays.upload(param) for param in params]
         maker: Any = fastadam.AdamW if self.tail else fastadam.Adam
-        self.opt = maker(self.params, **HYPERPARAMETERS, **(TAIL if self.tail else self.plain))
-        self.bind(grads)
+        self.opt = maker(
+            self.params, **HYPERPARAMETERS, **(TAIL if self.tail else self.step_options)
+        )
+        self.make_step(grads)
 
-    def bind(self, grads: Sequence[NDArray[Any]]) -> None:
+    def make_step(self, grads: Sequence[NDArray[Any]]) -> None:
         """Make gradients, and the step."""
         own = [self.arrays.upload(grad) for grad in grads]
-        self.keep(own, grads)
+        self.remember(own, grads)
         step, scale = self.opt.step, GRAD_SCALE[self.device]
         if self.tail:
-            self.step = lambda: step(own, grad_scale=scale, zero_grad=True)  # type: ignore[method-assign]
+            self.step = lambda: step(own, grad_scale=scale, zero_grad=True)
         else:
-            self.step = lambda: step(own)  # type: ignore[method-assign]
+            self.step = lambda: step(own)
 
     def cpu_threads(self) -> int | None:
         """Return Numba's number."""
@@ -142,46 +141,43 @@ class FastAdam(Contender):
 class Clipped(FastAdam):
     """A step with clipping, and nothing else of the tail."""
 
-    plain: ClassVar[dict[str, Any]] = {"max_grad_norm": TAIL["max_grad_norm"]}
+    step_options: ClassVar[dict[str, Any]] = {"max_grad_norm": TAIL["max_grad_norm"]}
 
 
 class FastAdamGrads(FastAdam):
     """``opt.step()``, with the gradients in ``opt.grads``."""
 
-    def bind(self, grads: Sequence[NDArray[Any]]) -> None:
+    def make_step(self, grads: Sequence[NDArray[Any]]) -> None:
         """Fill the gradients, and make the step."""
         own = [self.arrays.wrap(grad) for grad in self.opt.grads]
         self.arrays.copy_all(own, [self.arrays.source(grad) for grad in grads])
-        self.keep(own, grads)
+        self.remember(own, grads)
         step, scale = self.opt.step, GRAD_SCALE[self.device]
-        self.step = (lambda: step(grad_scale=scale, zero_grad=True)) if self.tail else step  # type: ignore[method-assign]
+        self.step = (lambda: step(grad_scale=scale, zero_grad=True)) if self.tail else step
 
 
 class MemoryPass(FastAdam):
     """The same traffic to memory, next to no arithmetic."""
 
+    divides = False
+
     def setup(self, params: Sequence[NDArray[Any]], grads: Sequence[NDArray[Any]]) -> None:
-        """Make the arrays."""
-        from fastadam.bench import roofline
+        """Make the arrays; of positive numbers for those that divide."""
+        from fastadam.bench.roofline import Divider, Roofline
 
-        self.run(roofline.Roofline, params, grads)
-
-    def run(self, kind: Any, params: Sequence[Any], grads: Sequence[Any]) -> None:
-        """Make the arrays of a pass of this kind."""
+        if self.divides:
+            params, grads = ([np.abs(array) for array in each] for each in (params, grads))
         self.arrays = arrays.NumpyArrays()
         self.params, own = ([array.copy() for array in each] for each in (params, grads))
-        self.keep(own, grads)
-        self.step = kind(self.params, own, tail=self.tail).step  # type: ignore[method-assign]
+        self.remember(own, grads)
+        kind = Divider if self.divides else Roofline
+        self.step = kind(self.params, own, tail=self.tail).step
 
 
 class DividerPass(MemoryPass):
     """The same traffic to memory, and a square root and a division for each element."""
 
-    def setup(self, params: Sequence[NDArray[Any]], grads: Sequence[NDArray[Any]]) -> None:
-        """Make the arrays, of positive numbers."""
-        from fastadam.bench import roofline
-
-        self.run(roofline.Divider, *([np.abs(a) for a in each] for each in (params, grads)))
+    divides = True
 
 
 class DeviceCopy(Contender):

@@ -38,15 +38,15 @@ class Torch(Contender):
         self.params = [own.upload(param).requires_grad_() for param in params]
         for param, grad in zip(self.params, grads, strict=True):
             param.grad = own.upload(grad)
-        self.keep([param.grad for param in self.params], grads)
-        self.opt = self.make(self.params)
-        self.step = self._tail if self.tail else self.opt.step  # type: ignore[method-assign]
+        self.remember([param.grad for param in self.params], grads)
+        self.opt = self.make_optimizer(self.params)
+        self.step = self._tail if self.tail else self.opt.step
         if self.tail:
             self._data = [param.detach() for param in self.params]
             self._averages = [param.clone() for param in self._data]
             self._clip = {"foreach": True} if self.device == "cuda" else {}
 
-    def make(self, params: list[Any]) -> Any:
+    def make_optimizer(self, params: list[Any]) -> Any:
         """Make the optimizer."""
         maker, options = self.torch.optim.Adam, HYPERPARAMETERS | self.kernel
         if self.tail:
@@ -82,7 +82,7 @@ class TorchForeach(Torch):
 class DeepSpeed(Torch):
     """``DeepSpeedCPUAdam``, which compiles its extension when first used."""
 
-    def make(self, params: list[Any]) -> Any:
+    def make_optimizer(self, params: list[Any]) -> Any:
         """Make the optimizer."""
         adam = import_module("deepspeed.ops.adam").DeepSpeedCPUAdam
         decay = TAIL["weight_decay"] if self.tail else 0.0
@@ -144,10 +144,10 @@ class NumpyContender(Contender):
         """Make arrays and the optimizer."""
         self.arrays = arrays.NumpyArrays()
         self.params, own = ([array.copy() for array in each] for each in (params, grads))
-        self.keep(own, grads)
-        self.make()
+        self.remember(own, grads)
+        self.make_optimizer()
 
-    def make(self) -> None:
+    def make_optimizer(self) -> None:
         """Make the optimizer."""
         raise NotImplementedError
 
@@ -159,7 +159,7 @@ class NumpyContender(Contender):
 class Thinc(NumpyContender):
     """``thinc.api.Adam``, called with each parameter; a call sets the gradient to 0."""
 
-    def make(self) -> None:
+    def make_optimizer(self) -> None:
         """Make the optimizer."""
         self.clears_grads = True
         options = {"L2": 0.0, "grad_clip": 0.0, "use_averages": False}
@@ -179,11 +179,11 @@ class Thinc(NumpyContender):
 class ScikitLearn(NumpyContender):
     """The optimizer inside scikit-learn's ``MLPClassifier``, written in NumPy."""
 
-    def make(self) -> None:
+    def make_optimizer(self) -> None:
         """Make the optimizer."""
         module = import_module("sklearn.neural_network._stochastic_optimizers")
         opt = module.AdamOptimizer(self.params, LR, BETA1, BETA2, EPS)
-        self.step = lambda: opt.update_params(self.params, self.grads)  # type: ignore[method-assign]
+        self.step = lambda: opt.update_params(self.params, self.grads)
 
 
 class Cupy(Contender):
@@ -194,7 +194,7 @@ class Cupy(Contender):
         self.arrays = own = arrays.CupyArrays()
         self.cupy = cupy = own.cupy
         self.params = [own.upload(param) for param in params]
-        self.keep([own.upload(grad) for grad in grads], grads)
+        self.remember([own.upload(grad) for grad in grads], grads)
         self._moments = [(cupy.zeros_like(p), cupy.zeros_like(p)) for p in self.params]
         self._averages = [param.copy() for param in self.params] if self.tail else []
         self._taken = 0

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from fastadam.bench.report import Own
+    from fastadam.bench.report import OwnTime
     from fastadam.bench.session import Measured
 
 __all__ = ["save_plot"]
@@ -69,7 +69,9 @@ def save_plot(
     figure.savefig(path, dpi=150)
 
 
-def _bars(axes: Any, groups: Mapping[str, Sequence[Measured]], times: Mapping[str, Own]) -> None:
+def _bars(
+    axes: Any, groups: Mapping[str, Sequence[Measured]], times: Mapping[str, OwnTime]
+) -> None:
     order = list(CONTENDERS)
     place, ticks, labelled = 0.0, [], set()
     ratios = [one.ratio for group in groups.values() for one in group]
@@ -118,7 +120,7 @@ def _bars(axes: Any, groups: Mapping[str, Sequence[Measured]], times: Mapping[st
 
 
 def _lines(
-    axes: Any, results: Sequence[Measured], sizes: Sequence[int], times: Mapping[str, Own]
+    axes: Any, results: Sequence[Measured], sizes: Sequence[int], times: Mapping[str, OwnTime]
 ) -> None:
     for name, peer in CONTENDERS.items():
         own = peer is peers.FASTADAM

@@ -52,14 +52,14 @@ class Part(NamedTuple):
         return tuple(int(name) for name in self.shapes if name.isdigit())
 
 
-class Own(NamedTuple):
+class OwnTime(NamedTuple):
     """fastadam's time of a step, and whether it says too little to be shown."""
 
     seconds: Spread
     noisy: bool
 
 
-def fastadam_seconds(results: Iterable[Measured]) -> dict[str, Own]:
+def fastadam_seconds(results: Iterable[Measured]) -> dict[str, OwnTime]:
     """Return fastadam's time per step by workload, from the pairs that gave the ratios.
 
     Over all rounds of the pairs that are not noisy, or of all pairs where
@@ -73,7 +73,7 @@ def fastadam_seconds(results: Iterable[Measured]) -> dict[str, Own]:
     found = {}
     for workload, rounds in (every | quiet).items():
         seconds = spread(rounds)
-        found[workload] = Own(seconds, seconds.noisy or workload not in quiet)
+        found[workload] = OwnTime(seconds, seconds.noisy or workload not in quiet)
     return found
 
 
@@ -152,7 +152,9 @@ def to_dict(
     versions = [v for one in measured for v in peers.by_name(one.contender).versions]
     versions += CUDA.split() if on_cuda else []
     own = {
-        tail: {name: as_dict(*one) for name, one in fastadam_seconds(session.of(tail)).items()}
+        tail: {
+            name: as_dict(*one) for name, one in fastadam_seconds(session.results(tail)).items()
+        }
         for tail in (False, True)
     }
     report = {
@@ -213,7 +215,7 @@ def figures(session: Session, shapes: Mapping[str, Sequence[Shape]], dtype: str)
         copies = found[f"{prefix}copy_fraction"] = {}
         fused = found[f"{prefix}torch_fused"] = {}
         each = step_bytes(dtype, tail)
-        for one in session.of(tail):
+        for one in session.results(tail):
             values = as_dict(one.ratio, one.noisy)
             if one.contender == "torch-fused":
                 fused[one.workload] = values
@@ -227,7 +229,7 @@ def figures(session: Session, shapes: Mapping[str, Sequence[Shape]], dtype: str)
                 }
     hosts = found["host_seconds"] = {}
     # From the pair of opt.grads first, so that both ways of calling were timed side by side.
-    for one in sorted(session.of(False), key=lambda one: one.contender != "opt-grads"):
+    for one in sorted(session.results(False), key=lambda one: one.contender != "opt-grads"):
         who = "opt.step()" if one.contender == "opt-grads" else one.contender
         both = {"opt.step(grads)": one.fastadam_host_seconds, who: one.host_seconds}
         for name, seconds in both.items():

@@ -76,7 +76,7 @@ class Session:
     threads: dict[str, int | None] = field(default_factory=dict)
     other_cpus: dict[str, float | None] = field(default_factory=dict)
 
-    def of(self, tail: bool) -> list[Measured]:
+    def results(self, tail: bool) -> list[Measured]:
         """Return the results of a step, or of the whole tail of a step."""
         return [one for one in self.measured if one.tail == tail]
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from fastadam.bench.report import Own, Part
+    from fastadam.bench.report import OwnTime, Part
     from fastadam.bench.session import Measured, Session
     from fastadam.bench.workloads import Shape
 
@@ -66,7 +66,7 @@ def show(session: Session, parts: Sequence[Part], report: Mapping[str, Any]) -> 
         by_size = [str(size) for size in part.sizes]
         for names, first in ((part.named, "workload"), (by_size, "elements")):
             shapes = {name: part.shapes[name] for name in names}
-            show_table(console, session.of(part.tail), shapes, first=first, dtype=dtype)
+            show_table(console, session.results(part.tail), shapes, first=first, dtype=dtype)
     if session.device == "cuda":
         _show_figures(console, report["figures"], list(report["workloads"]))
     _show_conditions(console, report)
@@ -128,7 +128,7 @@ def show_table(
         print_columns(console, part)
 
 
-def _time(own: Own, micro: str) -> str:
+def _time(own: OwnTime, micro: str) -> str:
     return "noisy" if own.noisy else format_seconds(own.seconds.median, micro)
 
 

@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from fastadam.bench.contenders import Contender
     from fastadam.bench.peers import Peer
 
-__all__ = ["describe", "needed_bytes", "serve"]
+__all__ = ["describe_error", "needed_bytes", "serve"]
 
 # Rounds in which the calls alone are timed: they are short.
 HOST_ROUNDS = 25
@@ -88,9 +88,9 @@ def serve(spec: Mapping[str, Any], emit: Callable[..., None]) -> None:
     pair = [peers.by_name(name, spec["device"]) for name in ("fastadam", spec["contender"])]
     try:
         # Imports, builds and compiles what there is to, and shows whether it works at all.
-        threads = {peer.name: _try(peer, spec) for peer in pair}
+        threads = {peer.name: _first_step(peer, spec) for peer in pair}
     except Exception as error:
-        emit("unavailable", reason=describe(error))
+        emit("unavailable", reason=describe_error(error))
         return
     emit("ready", threads=threads)
     for name, shapes in spec["workloads"]:
@@ -100,7 +100,7 @@ def serve(spec: Mapping[str, Any], emit: Callable[..., None]) -> None:
             try:
                 _compare(name, shapes, spec, pair, emit)
             except Exception as error:
-                reason = describe(error)
+                reason = describe_error(error)
         if reason is not None:
             emit("skipped", workload=name, reason=reason)
         gc.collect()
@@ -120,7 +120,7 @@ def _why_too_large(elements: int, peer: Peer, spec: Mapping[str, Any]) -> str | 
     return reason or arrays.too_large(values, None, machine.memory_available())
 
 
-def _try(peer: Peer, spec: Mapping[str, Any]) -> int | None:
+def _first_step(peer: Peer, spec: Mapping[str, Any]) -> int | None:
     params, grads = draw([(8, 8), (8,)], spec["dtype"])
     contender = peer.make(params, grads, spec["tail"], spec["device"])
     contender.step()
@@ -167,7 +167,7 @@ def _threads_needed(elements: int, threads: Sequence[int | None]) -> int:
     return 1 if few else max(number or 1 for number in threads)
 
 
-def describe(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Return an error and its causes in one line."""
     parts: list[str] = []
     cause: BaseException | None = error

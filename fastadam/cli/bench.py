@@ -200,7 +200,7 @@ def run(args: argparse.Namespace) -> int:
     def show() -> None:
         tables.show(found, parts, facts)
         # Who is not installed takes part nowhere, unless he is asked for: then it says why not.
-        absent = [peer.title for peer in _on(args.device) if not peer.installed]
+        absent = [peer.title for peer in _peers_on(args.device) if not peer.installed]
         if absent and args.peer is None:
             say(f"Not installed, so not compared: {', '.join(absent)}.")
 
@@ -225,7 +225,7 @@ def _plot(args: argparse.Namespace, found: Session, part: Part, facts: Mapping[s
     where = f"{facts['machine']['cpu']}, {found.threads.get('fastadam')} threads"
     where = facts["device"]["name"] if args.device == "cuda" else where
     title = f"fastadam bench: {part.what}, {args.dtype}\n{where}"
-    results = found.of(part.tail)
+    results = found.results(part.tail)
     save(
         args.plot,
         lambda path: save_plot(results, path, names=part.named, sizes=part.sizes, title=title),
@@ -234,7 +234,7 @@ def _plot(args: argparse.Namespace, found: Session, part: Part, facts: Mapping[s
         say(f"Saved {args.plot}")
 
 
-def _on(device: str) -> list[Peer]:
+def _peers_on(device: str) -> list[Peer]:
     return [peer for peer in peers.PEERS if device in peer.devices]
 
 
@@ -243,7 +243,7 @@ def _peers(names: Sequence[str] | None, device: str = "cpu") -> list[Peer]:
     if names and "none" in names and set(names) != {"none"}:
         others = ", ".join(name for name in names if name != "none")
         raise CommandError(f"--peer none must not be given with others, got {others}")
-    theirs = _on(device)
+    theirs = _peers_on(device)
     known = [peer.name for peer in theirs]
     for name in names or ():
         if name not in (*known, "none"):
