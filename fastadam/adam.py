@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _options
-from ._containers import FixedSequence, check_any_given, check_same
-from ._groups import Groups, counted, describe
-from ._names import Absent, check_attribute, check_keywords
-from ._result import StepResult
-from ._state import LoadedState, export_state, import_state
-from ._threads import Unchanged, each_alone, in_one_go, register
+from .params import checks, hyperparameters
+from .params.containers import FixedSequence, check_any_given, check_same
+from .params.groups import Groups, counted, describe
+from .params.names import Absent, check_attribute, check_keywords
+from .runtime import Unchanged, each_alone, in_one_go, register
+from .state.state_dict import LoadedState, export_state, import_state
+from .update.result import StepResult
 
 _new = tuple.__new__
 
@@ -151,7 +151,7 @@ class Adam:
         nonfinite: str = "propagate",
         ema_decay: float | None = None,
     ) -> None:
-        defaults = _options.check_options(
+        defaults = hyperparameters.check_options(
             {
                 "lr": lr,
                 "betas": betas,
@@ -161,11 +161,11 @@ class Adam:
                 "maximize": maximize,
             }
         )
-        amsgrad = _options.flag(amsgrad, "amsgrad")
-        self._schedule = _options.check_schedule(schedule)
-        self._max_grad_norm = _options.check_max_grad_norm(max_grad_norm)
-        self._nonfinite = _options.check_nonfinite(nonfinite)
-        ema_decay = _options.check_ema_decay(ema_decay)
+        amsgrad = checks.flag(amsgrad, "amsgrad")
+        self._schedule = hyperparameters.check_schedule(schedule)
+        self._max_grad_norm = hyperparameters.check_max_grad_norm(max_grad_norm)
+        self._nonfinite = hyperparameters.check_nonfinite(nonfinite)
+        ema_decay = hyperparameters.check_ema_decay(ema_decay)
         groups = Groups(params, defaults, amsgrad=amsgrad, ema_decay=ema_decay)
         self._install(groups, np.zeros(len(groups.states), dtype=np.int64), 0)
         self._lock = threading.Lock()
@@ -291,7 +291,7 @@ class Adam:
                 if flat and flat[0] is None:  # most steps look no further
                     check_any_given(flat)
             if zero_grad is not False:
-                zero_grad = _options.flag(zero_grad, "zero_grad")
+                zero_grad = checks.flag(zero_grad, "zero_grad")
             lr = self._scalars.refresh(plan.step_count, self._schedule, grad_scale)
             if self._max_grad_norm is None and self._nonfinite == "propagate":
                 # What StepResult(...) does, in half the time.
@@ -419,7 +419,7 @@ class Adam:
 
     @max_grad_norm.setter
     def max_grad_norm(self, max_grad_norm: float | None) -> None:
-        self._max_grad_norm = _options.check_max_grad_norm(max_grad_norm)
+        self._max_grad_norm = hyperparameters.check_max_grad_norm(max_grad_norm)
 
     @property
     def nonfinite(self) -> str:
@@ -428,7 +428,7 @@ class Adam:
 
     @nonfinite.setter
     def nonfinite(self, nonfinite: str) -> None:
-        self._nonfinite = _options.check_nonfinite(nonfinite)
+        self._nonfinite = hyperparameters.check_nonfinite(nonfinite)
 
     @property
     def ema_decay(self) -> float | None:
@@ -452,7 +452,7 @@ class Adam:
 
     @lr.setter
     def lr(self, lr: float) -> None:
-        self._groups.defaults["lr"] = _options.real(lr, "lr")
+        self._groups.defaults["lr"] = checks.real(lr, "lr")
         for options in self._groups.options:
             options["lr"] = self._groups.defaults["lr"]
 
@@ -463,7 +463,7 @@ class Adam:
 
     @schedule.setter
     def schedule(self, schedule: Callable[[int], float] | None) -> None:
-        self._schedule = _options.check_schedule(schedule)
+        self._schedule = hyperparameters.check_schedule(schedule)
 
     @property
     def param_groups(self) -> tuple[dict[str, Any], ...]:
@@ -694,7 +694,7 @@ class AdamW(Adam):
 def have_torch_load_state() -> None:
     """Have ``torch.load`` take a state_dict, in a program that uses torch."""
     if "torch" in sys.modules:
-        from .interop.torch import have_torch_load_arrays
+        from .torch import have_torch_load_arrays
 
         have_torch_load_arrays()
 

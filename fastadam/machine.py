@@ -308,19 +308,19 @@ def simd() -> dict[str, Any]:
     import numba
     from numba.core.registry import cpu_target
 
-    from fastadam import _jit
+    from fastadam.cpu import intrinsics
 
     if numba.config.DISABLE_JIT:
         summary = "none: NUMBA_DISABLE_JIT is set"
         return {**_read_assembly(""), "summary": summary, "compiled_for": None}
-    fma: Any = _jit.fma
+    fma: Any = intrinsics.fma
 
     def loop(array: Any) -> None:
         for i in range(array.size):
             x = array[i]
             array[i] = fma(x, x, math.sqrt(x) / x)
 
-    compiled = _jit.inline(loop)
+    compiled = intrinsics.inline(loop)
     compiled.compile((numba.float32[::1],))
     (assembly,) = compiled.inspect_asm().values()
     compiled_for = cpu_target.target_context.codegen().magic_tuple()[1]
@@ -356,9 +356,9 @@ def _read_assembly(assembly: str) -> dict[str, Any]:
 
 def parallel_from() -> int:
     """Return from how many elements on a step takes several threads."""
-    from fastadam import _cpu
+    from fastadam.cpu import kernels
 
-    return _cpu.SERIAL_BELOW
+    return kernels.SERIAL_BELOW
 
 
 def threads() -> dict[str, Any]:
@@ -366,7 +366,7 @@ def threads() -> dict[str, Any]:
     import numba
     import numpy as np
 
-    from fastadam import _jit
+    from fastadam.cpu import intrinsics
 
     def who(out: Any) -> None:
         for i in numba.prange(out.size):
@@ -376,7 +376,7 @@ def threads() -> dict[str, Any]:
     affinity, tasks, seen = _affinity(), _tasks(), set()
     try:
         # Not kept on disk: the digest of the kernels' sources does not cover this function.
-        launch = numba.njit(parallel=True, **_jit.FLAGS)(who)
+        launch = numba.njit(parallel=True, **intrinsics.FLAGS)(who)
         out = np.zeros(64 * count, dtype=np.int64)
         # TBB may leave so little work to fewer threads: each launch gives the rest a chance.
         for _ in range(50):
@@ -426,9 +426,9 @@ def _has_layer(name: str) -> bool:
 
 def compile_cache() -> dict[str, Any]:
     """Return where compiled kernels are kept, and how many there are."""
-    from fastadam import _cpu
+    from fastadam.cpu import kernels
 
-    cache = getattr(_cpu.look_kernel, "_cache", None)
+    cache = getattr(kernels.look_kernel, "_cache", None)
     folder = getattr(cache, "cache_path", None)  # None: Numba found no folder to write to
     if folder is None:
         return {"folder": None, "writable": False, "kernels": 0, "bytes": 0}
@@ -520,9 +520,9 @@ def describe_gpu(device: dict[str, Any]) -> str:
 
 def cuda_backend() -> Any:
     """Import fastadam's functions for a CUDA device; fails where a package does not work."""
-    from fastadam import _device
+    from fastadam.cuda import launch
 
-    return _device
+    return launch
 
 
 def gpu() -> dict[str, Any]:

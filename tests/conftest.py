@@ -42,7 +42,7 @@ def rng():
 @pytest.fixture
 def kernel_calls(monkeypatch):
     """Note the kernels that are called: which, for what dtype, with what options."""
-    from fastadam import _cpu
+    from fastadam.cpu import kernels
 
     calls = []
 
@@ -59,8 +59,8 @@ def kernel_calls(monkeypatch):
         return make
 
     for kind in ("update", "sum"):
-        factory = getattr(_cpu, f"{kind}_kernel")
-        monkeypatch.setattr(_cpu, f"{kind}_kernel", noting(kind, factory))
+        factory = getattr(kernels, f"{kind}_kernel")
+        monkeypatch.setattr(kernels, f"{kind}_kernel", noting(kind, factory))
     return calls
 
 

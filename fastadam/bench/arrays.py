@@ -147,7 +147,7 @@ class NumbaArrays(NumpyArrays):
 
     def copy_all(self, targets: Sequence[Any], sources: Sequence[Any]) -> None:
         """Copy each source to its target, by their addresses."""
-        from fastadam._cuda_arrays import view
+        from fastadam.cuda.arrays import view
 
         for pair in zip(targets, sources, strict=True):
             to, source = (view(array, "array", writable=False) for array in pair)

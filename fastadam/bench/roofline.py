@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numba
 
-from fastadam import _cpu, _jit
-from fastadam._formula import bind
-from fastadam._jit import load, only_if, store
-from fastadam._tables import (
+from fastadam.adam import Adam
+from fastadam.cpu import intrinsics, kernels
+from fastadam.cpu.intrinsics import load, only_if, store
+from fastadam.update.formula import bind
+from fastadam.update.tables import (
     CHUNK_OFFSET,
     CHUNK_SIZE,
     CHUNK_TENSOR,
@@ -28,7 +29,6 @@ from fastadam._tables import (
     PARAM,
     UPDATE_CHOICE,
 )
-from fastadam.adam import Adam
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,7 +70,7 @@ class Roofline:
         plan.take_grads(self._grads, tail)
         (context,) = plan.contexts
         move = _kernel(context.dtype, context.parallel, tail, self._divides)
-        norm = _cpu.sum_kernel(context.dtype, parallel=context.parallel)
+        norm = kernels.sum_kernel(context.dtype, parallel=context.parallel)
         self._address = context.address
         self._kernels = [norm, move] if tail else [move]
         if self._divides:
@@ -111,7 +111,7 @@ AVERAGE = None
 
 
 def move_chunk(chunk: Any, tensors: Any, scale: Any, zero: Any, largest: Any) -> Any:  # noqa: ARG001
-    """Read and write a chunk; in the place of `_cpu.measure_chunk`, so return a number."""
+    """Read and write a chunk; in the place of `kernels.measure_chunk`, so return a number."""
     tensor, start = tensors[chunk[CHUNK_TENSOR]], chunk[CHUNK_OFFSET]
     move_elements(
         tensor[PARAM] + start,
@@ -125,7 +125,7 @@ def move_chunk(chunk: Any, tensors: Any, scale: Any, zero: Any, largest: Any) ->
     return 0.0
 
 
-@_jit.inline
+@intrinsics.inline
 def move_elements(
     param: Any, grad: Any, exp_avg: Any, exp_avg_sq: Any, ema: Any, size: Any, zero: Any
 ) -> None:
@@ -141,7 +141,7 @@ def move_elements(
             store(grad, i, zero, GRAD)
 
 
-@_jit.inline
+@intrinsics.inline
 def divide_elements(
     param: Any, grad: Any, exp_avg: Any, exp_avg_sq: Any, ema: Any, size: Any, zero: Any
 ) -> None:
@@ -166,8 +166,8 @@ def _kernel(dtype: Any, parallel: bool, tail: bool, divides: bool) -> Any:
     Its machine code is not kept: the cache's key does not cover this file.
     """
     elements = divide_elements if divides else move_elements
-    move = _jit.inline(bind(move_chunk, AVERAGE=tail or None, move_elements=elements))
-    loop = _cpu.measure_parallel if parallel else _cpu.measure_serial
+    move = intrinsics.inline(bind(move_chunk, AVERAGE=tail or None, move_elements=elements))
+    loop = kernels.measure_parallel if parallel else kernels.measure_serial
     # With the choice of threads for passes of this length, not for the norm's.
     function = bind(loop, FLOAT=dtype.type, measure_chunk=move, SUM_CHOICE=UPDATE_CHOICE)
-    return numba.njit(parallel=parallel, nogil=parallel, **_jit.FLAGS)(function)
+    return numba.njit(parallel=parallel, nogil=parallel, **intrinsics.FLAGS)(function)
