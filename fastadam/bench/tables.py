@@ -59,23 +59,22 @@ def show(session: Session, parts: Sequence[Part], report: Mapping[str, Any]) -> 
     for part in parts:
         what = part.what if session.device == "cuda" else "a step"
         say(
-            console,
             f"\nTime of {what}; after it, how many times as long the others take, and how close "
-            f"fastadam comes to {ROOFLINES[session.device]} (100%: as fast).\n",
+            f"fastadam comes to {ROOFLINES[session.device]} (100%: as fast).\n"
         )
         by_size = [str(size) for size in part.sizes]
         for names, first in ((part.named, "workload"), (by_size, "elements")):
             shapes = {name: part.shapes[name] for name in names}
             show_table(console, session.results(part.tail), shapes, first=first, dtype=dtype)
     if session.device == "cuda":
-        _show_figures(console, report["figures"], list(report["workloads"]))
-    _show_conditions(console, report)
-    _show_noise(console, report)
+        _show_figures(_micro(console), report["figures"], list(report["workloads"]))
+    _show_conditions(report)
+    _show_noise(report)
     missing = not_measured(session.missing, parts)
     if missing:
-        console.print("\nNot measured:")
+        say("\nNot measured:")
     for line in missing:
-        say(console, line)
+        say(line)
 
 
 def show_table(
@@ -149,7 +148,7 @@ def _cell(one: Measured | None, as_share: bool, quartiles: bool) -> tuple[str, s
     return f"{text} ({texts})" if quartiles and not one.crowded else text, style
 
 
-def _show_figures(console: Console, found: Mapping[str, Any], workloads: Sequence[str]) -> None:
+def _show_figures(micro: str, found: Mapping[str, Any], workloads: Sequence[str]) -> None:
     """Print what the tables do not show: bandwidths, and what calls cost on the host."""
 
     def title(name: str) -> str:
@@ -165,32 +164,30 @@ def _show_figures(console: Console, found: Mapping[str, Any], workloads: Sequenc
                 one = found[key][name]
                 rate, copied = (one[f"{k}bytes_per_second"] / 1e9 for k in ("", "copy_"))
                 say(
-                    console,
                     f"Bandwidth of {what}, {title(name)}: {rate:,.0f} GB/s, {one['median']:.1%} of"
-                    f" a copy's {copied:,.0f} GB/s {quartiles(one, '{:.1%}'.format)}",
+                    f" a copy's {copied:,.0f} GB/s {quartiles(one, '{:.1%}'.format)}"
                 )
     for name in workloads:
         if name in found["tail_torch_fused"]:
             one = found["tail_torch_fused"][name]
             say(
-                console,
                 f"The whole tail, {title(name)}: torch fused takes {format_ratio(one['median'])}"
-                f" times as long {quartiles(one, format_ratio)}",
+                f" times as long {quartiles(one, format_ratio)}"
             )
     for name in workloads:
         costs = found["host_seconds"].get(name, {})
-        texts = [f"{who} {format_seconds(costs[who]['median'], _micro(console))}" for who in costs]
+        texts = [f"{who} {format_seconds(costs[who]['median'], micro)}" for who in costs]
         if texts:
-            say(console, f"A call alone on the host, {title(name)}: {', '.join(texts)}")
+            say(f"A call alone on the host, {title(name)}: {', '.join(texts)}")
 
 
-def _show_conditions(console: Console, report: Mapping[str, Any]) -> None:
+def _show_conditions(report: Mapping[str, Any]) -> None:
     """Print what results hold for: processor, device, threads, versions."""
     machine = report["machine"]
     quota = "" if machine["cpu_quota"] is None else f", the time of {machine['cpu_quota']:g}"
-    say(console, f"{machine['cpu']}, {machine['cpus_allowed']} CPUs{quota}; {machine['system']}")
+    say(f"{machine['cpu']}, {machine['cpus_allowed']} CPUs{quota}; {machine['system']}")
     if "device" in report:
-        say(console, report["device"]["summary"])
+        say(report["device"]["summary"])
     by_number: dict[int, list[str]] = {}
     for name, threads in report["threads"].items():
         if threads is not None:
@@ -199,18 +196,17 @@ def _show_conditions(console: Console, report: Mapping[str, Any]) -> None:
     text = "; ".join(f"{number} ({', '.join(titles)})" for number, titles in by_number.items())
     layer = f"; threading layer {report['layer']}" if report.get("layer") else ""
     if text:
-        say(console, f"Threads of a large step: {text}{layer}")
-    say(console, ", ".join(f"{name} {version}" for name, version in report["versions"].items()))
+        say(f"Threads of a large step: {text}{layer}")
+    say(", ".join(f"{name} {version}" for name, version in report["versions"].items()))
 
 
-def _show_noise(console: Console, report: Mapping[str, Any]) -> None:
+def _show_noise(report: Mapping[str, Any]) -> None:
     """Print how pairs were measured, and how far to trust them."""
     counts = sorted({result["rounds"] for result in report["results"]})
     rounds = " to ".join(str(number) for number in dict.fromkeys((counts[0], counts[-1])))
     say(
-        console,
         f"{report['settings']['dtype']}; medians of {rounds} rounds, in which the two of a pair"
-        " take turns in a process of their own; fastadam's own time is of the same rounds.",
+        " take turns in a process of their own; fastadam's own time is of the same rounds."
     )
     crowded = sum(result["crowded"] for result in report["results"])
     apart = sum(result["noisy"] and not result["crowded"] for result in report["results"])
@@ -221,9 +217,8 @@ def _show_noise(console: Console, report: Mapping[str, Any]) -> None:
     if apart or crowded:
         text = "; ".join(f"{number} because {reason}" for number, reason in reasons if number)
         say(
-            console,
             f"noisy: {apart + crowded} of {len(report['results'])} ratios are too uncertain to "
-            f"show: {text}.",
+            f"show: {text}."
         )
     busy = max((cpus or 0.0 for cpus in report["other_cpus"].values()), default=0.0)
     if busy > BUSY:
@@ -233,7 +228,7 @@ def _show_noise(console: Console, report: Mapping[str, Any]) -> None:
             else " meanwhile. Threads that wait for one another then take many times as long, so"
             " that the ratios say little: measure again on an idle machine."
         )
-        say(console, f"Warning: other processes kept up to {busy:.1f} CPUs busy{means}")
+        say(f"Warning: other processes kept up to {busy:.1f} CPUs busy{means}")
 
 
 # Beside busy processes
@@ -255,21 +250,20 @@ def show_load(report: Mapping[str, Any]) -> None:
     """Print a table of each kind of loop, of `fastadam.bench.report.load_to_dict`."""
     console = _console()
     say(
-        console,
         f"\nMicroseconds of a step ({report['settings']['dtype']}) beside "
         f"{busy_processes(report['settings']['load'])}; then the mean of "
-        "fastadam over the mean of fastadam in one thread, and its standard error.\n",
+        "fastadam over the mean of fastadam in one thread, and its standard error.\n"
     )
     for total in report["geometric_means"]:
         kind = "clipped steps" if total["clipped"] else "steps"
         work = total["work_seconds"]
         where = f"with {work * 1e3:g} ms of other work between them" if work else "in a bare loop"
-        say(console, f"{kind}, {where}".capitalize())
+        say(f"{kind}, {where}".capitalize())
         columns = _load_columns(report, total, console.options.ascii_only)
         for part in split(columns[:1], columns[1:], console.width):
             print_columns(console, part)
-    _show_conditions(console, report)
-    _show_load_noise(console, report)
+    _show_conditions(report)
+    _show_load_noise(report)
 
 
 def _load_columns(
@@ -301,11 +295,10 @@ def _load_columns(
     return [*columns, column(("", "ratio"), [f"{text:<{length}}" for text in texts])]
 
 
-def _show_load_noise(console: Console, report: Mapping[str, Any]) -> None:
+def _show_load_noise(report: Mapping[str, Any]) -> None:
     noisy = any(one["noisy"] for one in (*report["ratios"], *report["geometric_means"]))
     fewest = min(one["steps"] for one in report["results"])
     say(
-        console,
         f"Means and medians of {fewest} steps or more, in short turns beside the same processes; "
         "all: the geometric mean of the ratios"
         + ("; noisy: the standard error is more than a tenth of the ratio." if noisy else "."),
@@ -314,14 +307,13 @@ def _show_load_noise(console: Console, report: Mapping[str, Any]) -> None:
         report[key] for key in ("load_cpus", "expected_load_cpus", "other_cpus")
     )
     if expected:
-        say(console, f"The busy processes kept {got:.2f} CPUs busy, or more.")
+        say(f"The busy processes kept {got:.2f} CPUs busy, or more.")
     if got < LEAST_SHARE * expected:
         say(
-            console,
             f"Warning: their fair share would have been {expected:.2f} CPUs. The load was less "
-            "than it should be.",
+            "than it should be."
         )
     if others and others > BUSY:
-        say(console, f"Warning: other processes kept {others:.1f} CPUs busy besides.")
+        say(f"Warning: other processes kept {others:.1f} CPUs busy besides.")
     for one in report["not_measured"]:
-        say(console, f"Not measured: {peers.by_name(one['contender']).title}: {one['reason']}")
+        say(f"Not measured: {peers.by_name(one['contender']).title}: {one['reason']}")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 import textwrap
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from rich.console import Console
 
-__all__ = ["Column", "column", "format_ratio", "format_seconds", "print_columns", "say", "split"]
-__all__ += ["wrapped"]
+__all__ = ["Column", "column", "columns", "format_ratio", "format_seconds", "print_columns", "say"]
+__all__ += ["split", "wrapped", "write"]
 
 
 class Column(NamedTuple):
@@ -86,11 +88,24 @@ def wrapped(text: str, width: int | None, indent: str = "") -> str:
     return "\n".join(lines)
 
 
-def say(console: Console, text: str) -> None:
-    """Print text, on a terminal in lines of whole words, of which one may be longer."""
-    # rich would either cut a word that is longer, or break no line at all.
-    width = console.width if console.is_terminal else None
-    console.print(wrapped(text, width), no_wrap=True, overflow="ignore", crop=False)
+def columns(stream: TextIO) -> int | None:
+    """Return how many characters fit in a line.
+
+    On a terminal, what COLUMNS says, or the terminal itself. None for a file
+    or a pipe, whatever COLUMNS says: lines are not broken there.
+    """
+    return shutil.get_terminal_size().columns if stream.isatty() else None
+
+
+def say(text: str) -> None:
+    """Print in lines of whole words, even what the terminal's encoding lacks (as an escape)."""
+    write(wrapped(text, columns(sys.stdout)))
+
+
+def write(text: str) -> None:
+    """Print as it is, such as JSON, to which a new line could do harm; else as `say`."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
 def split(fixed: Sequence[Column], columns: Sequence[Column], width: int) -> list[list[Column]]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
-from fastadam.bench.text import wrapped
+from fastadam.bench.text import columns, say, wrapped, write
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -169,15 +168,6 @@ def counted(number: int, noun: str) -> str:
     return f"{number or 'no':{',' if number else ''}} {noun}{'' if number == 1 else 's'}"
 
 
-def columns(stream: TextIO) -> int | None:
-    """Return how many characters fit in a line.
-
-    On a terminal, what COLUMNS says, or the terminal itself. None for a file
-    or a pipe, whatever COLUMNS says: lines are not broken there.
-    """
-    return shutil.get_terminal_size().columns if stream.isatty() else None
-
-
 def in_rows(rows: Sequence[tuple[str, str]], width: int | None) -> list[str]:
     """Write keys and values in two columns of lines; `width` is as for `wrapped`.
 
@@ -202,17 +192,6 @@ def in_rows(rows: Sequence[tuple[str, str]], width: int | None) -> list[str]:
 def complain(text: str) -> None:
     """Print a line on standard error, on a terminal in as many as it takes."""
     print(wrapped(text, columns(sys.stderr)), file=sys.stderr)
-
-
-def say(text: str) -> None:
-    """Print in lines of whole words, even what the terminal's encoding lacks (as an escape)."""
-    write(wrapped(text, columns(sys.stdout)))
-
-
-def write(text: str) -> None:
-    """Print as it is, such as JSON, to which a new line could do harm; else as `say`."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def progress_bar(width: int, *others: Any, **options: Any) -> Any:
