@@ -557,7 +557,7 @@ def check_served(events, tail):
 
 
 @NEEDS_NUMBA_CUDA
-@pytest.mark.parametrize(("name", "tail"), [("opt-grads", False)])
+@pytest.mark.parametrize(("name", "tail"), [("opt-grads", False), ("roofline", True)])
 def test_worker_in_the_simulator(name, tail):
     check_served(served(name, tail, NUMBA_ENABLE_CUDASIM="1"), tail)
 
