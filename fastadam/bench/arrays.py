@@ -1,7 +1,6 @@
 """Whose arrays a contender keeps its numbers in, on the CPU or on a CUDA device.
 
-Each class has `upload`, `download` and `copy_all`; those in which `opt.grads`
-can be seen have `wrap`. Libraries are imported when a class is called.
+Libraries are imported when a class is called.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = [
+    "Arrays",
     "CupyArrays",
     "NumbaArrays",
     "NumpyArrays",
@@ -40,18 +40,18 @@ FREE: dict[str, Callable[[Any], object]] = {
 }
 
 
-class NumpyArrays:
-    """Arrays of NumPy."""
+class Arrays:
+    """How arrays of a library are made from NumPy's, and copied."""
 
-    on_host = True
+    on_host = False
 
     def upload(self, array: NDArray[Any]) -> Any:
         """Return a copy, where steps are taken."""
-        return array.copy()
+        raise NotImplementedError
 
     def download(self, array: Any) -> NDArray[Any]:
         """Return the array as one of NumPy: on the CPU itself, from a device a copy."""
-        return np.asarray(array)
+        raise NotImplementedError
 
     def wrap(self, array: Any) -> Any:
         """Return an array of this library over the memory of one of fastadam's."""
@@ -67,7 +67,21 @@ class NumpyArrays:
             np.copyto(target, source)
 
 
-class TorchArrays(NumpyArrays):
+class NumpyArrays(Arrays):
+    """Arrays of NumPy."""
+
+    on_host = True
+
+    def upload(self, array: NDArray[Any]) -> Any:
+        """Return a copy."""
+        return array.copy()
+
+    def download(self, array: Any) -> NDArray[Any]:
+        """Return the array."""
+        return np.asarray(array)
+
+
+class TorchArrays(Arrays):
     """Tensors of torch; RuntimeError if a CUDA device is asked for and torch finds none."""
 
     CUDA = "cuda"  # torch's name of the device
@@ -99,10 +113,8 @@ class TorchArrays(NumpyArrays):
             self.torch._foreach_copy_(targets, sources)
 
 
-class CupyArrays(NumpyArrays):
+class CupyArrays(Arrays):
     """Arrays of CuPy; RuntimeError if it finds no device."""
-
-    on_host = False
 
     def __init__(self) -> None:
         self.cupy = cupy = import_module("cupy")
@@ -128,10 +140,8 @@ class CupyArrays(NumpyArrays):
             self.cupy.copyto(target, source)
 
 
-class NumbaArrays(NumpyArrays):
+class NumbaArrays(Arrays):
     """Numba's device arrays, which fastadam itself needs anyway."""
-
-    on_host = False
 
     def __init__(self) -> None:
         self.backend = cuda_backend()
@@ -154,7 +164,7 @@ class NumbaArrays(NumpyArrays):
             self.backend.copy(to.address, source.address, to.nbytes, 0)
 
 
-def choose(device: str) -> NumpyArrays:
+def choose(device: str) -> Arrays:
     """Return the arrays that fastadam is measured on.
 
     On a CUDA device those of the first library that works of torch, since

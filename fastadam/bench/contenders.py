@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from fastadam.bench.arrays import NumpyArrays
+    from fastadam.bench.arrays import Arrays
 
 __all__ = ["GRAD_SCALE", "HYPERPARAMETERS", "TAIL", "TRAFFIC", "Clipped", "Contender"]
 __all__ += ["DeviceCopy", "DividerPass", "FastAdam", "FastAdamGrads", "MemoryPass"]
@@ -51,7 +51,7 @@ class Contender:
         Where it works.
     """
 
-    arrays: NumpyArrays  # whose methods make its arrays
+    arrays: Arrays  # whose methods make its arrays
     params: list[Any]
     step: Callable[[], object]  # takes one step
 

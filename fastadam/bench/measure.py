@@ -169,10 +169,8 @@ def compare(
     times: tuple[list[float], list[float]] = ([], [])
     ends = time.perf_counter() + budget
     on_round(0, rounds)
-    for turn in range(rounds):
-        if turn >= LEAST_ROUNDS and time.perf_counter() > ends:
-            break
-        for which in (0, 1) if turn % 2 == 0 else (1, 0):
+    for turn, order in enumerate(_turns(rounds, ends, time.perf_counter)):
+        for which in order:
             number, warm_up = planned[which]
             time.sleep(REST)
             burst(both[which], warm_up, refill=refill)
@@ -182,6 +180,14 @@ def compare(
             planned[which] = _plan(fastest[which], burst_seconds, refill=refill)
         on_round(turn + 1, rounds)
     return Comparison(*times, planned[0][0], planned[1][0])
+
+
+def _turns(rounds: int, ends: float, clock: Callable[[], float]) -> Iterator[tuple[int, int]]:
+    """Yield whose turn it is in each round, until the time is over."""
+    for turn in range(rounds):
+        if turn >= LEAST_ROUNDS and clock() > ends:
+            return
+        yield (0, 1) if turn % 2 == 0 else (1, 0)
 
 
 def _plan(seconds: float, burst_seconds: float, *, refill: bool) -> tuple[int, int]:
@@ -227,10 +233,8 @@ def host_costs(
     times: tuple[list[float], list[float]] = ([], [])
     ends = clock() + budget
     with _no_garbage_collection():
-        for turn in range(rounds):
-            if turn >= LEAST_ROUNDS and clock() > ends:
-                break
-            for which in (0, 1) if turn % 2 == 0 else (1, 0):
+        for order in _turns(rounds, ends, clock):
+            for which in order:
                 contender = (first, second)[which]
                 step = contender.step
                 contender.wait()
