@@ -44,14 +44,8 @@ class Roofline:
     Reads param, grad, exp_avg and exp_avg_sq, and writes all but grad; with
     `tail`, first reads grad once more (for its norm), and also reads and
     writes an average of param and writes grad. Chunks, threads and the
-    placing of the state are those of a step.
-
-    Parameters
-    ----------
-    params, grads : sequences of ndarray
-        float32 or float64, all alike; written to.
-    tail : bool, default False
-        The traffic of clipping, averaging and zeroing as well.
+    placing of the state are those of a step. The arrays are float32 or float64, all
+    alike, and written to.
 
     Examples
     --------
@@ -67,10 +61,7 @@ class Roofline:
     _divides = False
 
     def __init__(
-        self,
-        params: Sequence[NDArray[Any]],
-        grads: Sequence[NDArray[Any]],
-        tail: bool = False,
+        self, params: Sequence[NDArray[Any]], grads: Sequence[NDArray[Any]], tail: bool = False
     ) -> None:
         # An optimizer for its tables: where everything lies, and how it is cut.
         self._opt = Adam(list(params), ema_decay=0.5 if tail else None)
@@ -82,6 +73,10 @@ class Roofline:
         norm = kernels.sum_kernel(context.dtype, parallel=context.parallel)
         self._address = context.address
         self._kernels = [norm, move] if tail else [move]
+        if self._divides:
+            for state in self._opt.state.values():
+                state["exp_avg"].fill(1)
+                state["exp_avg_sq"].fill(1)
 
     def step(self) -> None:
         """Pass over memory once; with `tail`, over the gradients twice."""
@@ -93,15 +88,8 @@ class Divider(Roofline):
     """Read and write the same, and take a square root and divide, once for each element.
 
     param becomes ``exp_avg / sqrt(exp_avg_sq)``, exp_avg the gradient and
-    exp_avg_sq the old param: there is no other arithmetic, and what is positive
-    at first stays so, and neither overflows nor becomes subnormal.
-
-    Parameters
-    ----------
-    params, grads : sequences of ndarray
-        As for `Roofline`; positive.
-    tail : bool, default False
-        As for `Roofline`, whose first pass is the same.
+    exp_avg_sq the old param, in positive arrays: there is no other arithmetic, and
+    what is positive at first stays so, and neither overflows nor becomes subnormal.
 
     Examples
     --------
@@ -116,17 +104,6 @@ class Divider(Roofline):
     """
 
     _divides = True
-
-    def __init__(
-        self,
-        params: Sequence[NDArray[Any]],
-        grads: Sequence[NDArray[Any]],
-        tail: bool = False,
-    ) -> None:
-        super().__init__(params, grads, tail)
-        for state in self._opt.state.values():
-            state["exp_avg"].fill(1)
-            state["exp_avg_sq"].fill(1)
 
 
 # Whether there is an average: in `move_chunk`, replaced by True or None.

@@ -20,8 +20,8 @@ if config.CACHE_DIR:  # relative to where the process is now, whatever chdir com
     config.CACHE_DIR = str(Path(config.CACHE_DIR).absolute())
 
 
-# Folders of the package from which no kernel is made.
-_WITHOUT_KERNELS = {"bench", "cli", "demo"}
+# Parts of the package from which no kernel is made.
+_WITHOUT_KERNELS = {"bench", "cli", "demo", "machine.py"}
 # Parts of the names of those of Numba's settings that are no part of the key: they change no
 # machine code, and differ between processes of one machine. All others are, though many of them
 # change none: so what a later Numba brings is not forgotten.

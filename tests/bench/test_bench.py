@@ -1,41 +1,39 @@
 """``fastadam bench``: that it compares like with like, counts right, and fails in one line."""
 
+import argparse
 import contextlib
 import dataclasses
 import doctest
 import importlib
 import io
 import json
-import os
 import platform
 import re
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 
 import numpy as np
 import pytest
+from bench_tools import GROUP, gone, python, stepped
 
-from fastadam import cli
+from fastadam import cli, machine
 from fastadam.bench import (
     contenders,
-    load,
     measure,
-    memory,
     peers,
     report,
     session,
     tables,
+    text,
     worker,
 )
 from fastadam.bench import workloads as w
+from fastadam.cli import bench
 
-GROUP = pytest.mark.skipif(not hasattr(os, "killpg"), reason="no process groups here")
-
-
-MODULES = ["load", "measure", "memory", "peers", "report", "roofline", "tables", "text"]
+CPU = w.DEFAULTS["cpu"]
+MODULES = ["arrays", "load", "measure", "peers", "report", "roofline", "tables", "text"]
 MODULES += ["worker", "workloads"]
 
 
@@ -51,8 +49,7 @@ def test_imports_no_peer():
         from fastadam.bench import peers, workloads
         print(*{"torch", "jax", "sklearn", "thinc", "deepspeed", "numba"} & sys.modules.keys())
     """
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    assert subprocess.run(command, check=True, capture_output=True).stdout.split() == []
+    assert subprocess.run(python(code), check=True, capture_output=True).stdout.split() == []
 
 
 # Workloads
@@ -67,8 +64,8 @@ def test_workloads():
         "67M": (4, 67_108_864),
         "gpt2": (148, 124_439_808),
     }
-    assert {*w.STEP, *w.TAIL, *w.QUICK} == w.WORKLOADS.keys()
-    assert w.SIZES == (1_000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
+    assert {*CPU.step, *CPU.tail, *CPU.quick} == w.WORKLOADS.keys()
+    assert CPU.sizes == (1_000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -95,14 +92,9 @@ def test_clipping_happens_on_every_workload():
 # Contenders
 
 
-def taken(peer, dtype, tail, steps=5):
-    """Return the parameters after a few steps, the gradients refilled before each."""
-    params, grads = w.draw([(7, 3), (5,), (70_000,)], dtype)
-    contender = peer.make(params, grads, tail)
-    for _ in range(steps):
-        contender.refill()
-        contender.step()
-    contender.wait()
+def taken(peer, dtype, tail):
+    """Return the parameters after a few steps."""
+    (params, _), contender = stepped(peer, dtype, tail, shapes=[(7, 3), (5,), (70_000,)])
     for param, value in zip(params, contender.values(), strict=True):
         assert param.shape == value.shape
         assert np.abs(param - value).max() > 1e-3  # moved, and these are copies
@@ -159,10 +151,7 @@ def test_the_tail_clears_and_refill_restores(optional, name):
 @pytest.mark.parametrize("tail", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_divider_has_normal_numbers(dtype, tail):
-    divider = peers.by_name("divider").make(*w.draw([(7, 3), (70_000,)], dtype), tail)
-    for _ in range(50):
-        divider.refill()
-        divider.step()
+    _, divider = stepped(peers.by_name("divider"), dtype, tail, shapes=[(70_001,)], steps=50)
     for values in divider.values():
         assert (values > 0.01).all()
         assert (values < 10).all()
@@ -316,63 +305,28 @@ def test_spread(rng):
     [("4G", 4 * 2**30), ("500M", 500 * 2**20), ("1.5 GiB", 3 * 2**29), ("12kb", 12288), ("7", 7)],
 )
 def test_parse_bytes(text, number):
-    assert memory.parse_bytes(text) == number
+    assert bench.byte_size(text) == number
 
 
 @pytest.mark.parametrize("text", ["", "0", "4X", "-1G", "G", "1e9", "nan", "0.1"])
 def test_parse_bytes_refuses(text):
-    with pytest.raises(ValueError, match="must be a size in bytes such as 500M or 4G, got"):
-        memory.parse_bytes(text)
-
-
-def fake_system(root, **files):
-    (root / "proc/self").mkdir(parents=True)
-    meminfo = "MemTotal: 9000 kB\nMemAvailable:    8000 kB\n"
-    (root / "proc/meminfo").write_text(meminfo, "utf-8")
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, "utf-8")
-
-
-def test_available(tmp_path):
-    fake_system(tmp_path)
-    assert memory.available(tmp_path) == 8000 * 1024
-    assert (memory.available() or 1) > 0
-
-
-@pytest.mark.parametrize("limit", [("5000000", 4_200_000), ("max", 8000 * 1024)])
-def test_available_in_a_container(tmp_path, limit):
-    text, left = limit
-    group = "sys/fs/cgroup/a/"
-    files = {
-        "proc/self/cgroup": "0::/a/b\n",
-        group + "memory.max": text,
-        group + "memory.current": "1000000",
-        group + "memory.stat": "anon 5\ninactive_file 200000\n",
-    }
-    fake_system(tmp_path, **files)
-    assert memory.available(tmp_path) == left
-
-
-def test_available_in_an_old_container(tmp_path):
-    group = "sys/fs/cgroup/memory/a/"
-    files = {
-        "proc/self/cgroup": "5:cpu,cpuacct:/a\n4:memory:/a\n",
-        group + "memory.limit_in_bytes": "3000000",
-        group + "memory.usage_in_bytes": "1000000",
-    }
-    fake_system(tmp_path, **files)
-    assert memory.available(tmp_path) == 2_000_000
+    message = "must be a size in bytes such as 500M or 4G, got"
+    with pytest.raises(argparse.ArgumentTypeError, match=message):
+        bench.byte_size(text)
 
 
 def test_too_large(monkeypatch):
-    assert worker.too_large(2**30, 2**29) == "needs 1.0 GiB, --max-memory is 512 MiB"
-    monkeypatch.setattr(memory, "available", lambda: 2**30)
-    assert worker.too_large(2**30, None) == "needs 1.0 GiB, available are 1.0 GiB"
-    assert worker.too_large(2**29, 2**30) is None
-    monkeypatch.setattr(memory, "available", lambda: None)
-    assert worker.too_large(2**40, None) is None
+    def why(elements, limit):
+        spec = {"tail": False, "dtype": "float32", "max_memory": limit, "device": "cpu"}
+        return worker._why_too_large(elements, peers.by_name("torch-fused"), spec)
+
+    needed = 40 * 2**20  # bytes, of 2**20 elements
+    monkeypatch.setattr(machine, "memory_available", lambda: needed)
+    assert why(2**20, 2**25) == "needs 40.0 MiB, --max-memory is 32.0 MiB"
+    assert why(2**20, None) == "needs 40.0 MiB, available are 40.0 MiB"
+    assert why(2**19, needed) is None
+    monkeypatch.setattr(machine, "memory_available", lambda: None)
+    assert why(2**30, None) is None
 
 
 def test_what_a_pair_needs():
@@ -381,25 +335,10 @@ def test_what_a_pair_needs():
     assert worker.needed_bytes(10, optax, "float64", tail=True) == 10 * 8 * (2 + 5 + 8)
 
 
-def test_what_else_runs(tmp_path):
-    stat = tmp_path / "stat"
-    tick = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
-    stat.write_text("cpu 100 0 50 9000 10 0 0 5 0 0\ncpu0 1 2 3\n", "utf-8")
-    with load.Others(stat) as others:
-        time.sleep(0.1)
-        stat.write_text(f"cpu {100 + 10 * tick} 0 50 9999 10 0 0 5 0 0\n", "utf-8")
-    assert load.crowds(others.cpus, os.cpu_count() or 1)
-    assert not load.crowds(0.1, 10_000)
-    assert 10 < others.cpus <= 100  # 10 CPU seconds in a tenth of one, or a bit more
-    with load.Others(tmp_path / "none") as others:
-        pass
-    assert others.cpus is None
-
-
 def test_a_small_step_needs_one_thread():
-    assert worker.threads_needed(65_535, [2, None]) == 1
-    assert worker.threads_needed(65_536, [2, None]) == 2
-    assert worker.threads_needed(10**6, [None, None]) == 1
+    assert worker._threads_needed(65_535, [2, None]) == 1
+    assert worker._threads_needed(65_536, [2, None]) == 2
+    assert worker._threads_needed(10**6, [None, None]) == 1
 
 
 # The child process
@@ -417,11 +356,13 @@ def worker_like(code):
                 number=1, other_number=1)
         names = [name for name, _ in spec["workloads"]]
     """
-    return [sys.executable, "-c", textwrap.dedent(head) + textwrap.dedent(code)]
+    return python(head, code)
 
 
-def measured(code, names="abc", time_limit=20.0):
-    return session.measure(
+def measured(code, names="abc", **options):
+    found = session.Session()
+    session.measure(
+        found,
         [peers.by_name("opt-grads")],
         {name: [(3,)] for name in names},
         tail=False,
@@ -429,8 +370,9 @@ def measured(code, names="abc", time_limit=20.0):
         rounds=2,
         max_memory=None,
         command=worker_like(code),
-        time_limit=time_limit,
+        **{"time_limit": 20.0} | options,
     )
+    return found
 
 
 def test_results():
@@ -489,16 +431,6 @@ def test_hung_child_is_stopped():
     assert missing.reason == "it hung: nothing for 1 s"
 
 
-def gone(pid):
-    for _ in range(200):
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.05)
-    return False
-
-
 @GROUP
 def test_interrupt_leaves_no_orphan():
     pids = []
@@ -514,25 +446,20 @@ def test_interrupt_leaves_no_orphan():
         time.sleep(60)
     """
     with pytest.raises(KeyboardInterrupt):
-        session.measure(
-            [peers.by_name("opt-grads")],
-            {"a": [(3,)]},
-            tail=False,
-            dtype="float32",
-            rounds=2,
-            max_memory=None,
-            on_event=on_event,
-            command=worker_like(code),
-        )
+        measured(code, "a", on_event=on_event)
     assert len(pids) == 2
     assert gone(pids[0])
 
 
 @GROUP
 def test_worker_ends_with_its_parent():
-    command = [sys.executable, "-m", "fastadam.bench.worker"]
+    command = [sys.executable, "-m", "fastadam.bench.worker", "compare"]
     spec = {"contender": "opt-grads", "tail": False, "dtype": "float32", "max_memory": None}
-    spec |= {"rounds": 10**6, "workloads": [["micro", [[4]]] for _ in range(1000)]}
+    spec |= {
+        "device": "cpu",
+        "rounds": 10**6,
+        "workloads": [["micro", [[4]]] for _ in range(1000)],
+    }
     child = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
@@ -555,18 +482,26 @@ def test_describe_names_the_cause():
         except OSError as error:
             raise RuntimeError("failed to build") from error
     except RuntimeError as error:
-        text = worker.describe(error)
+        text = worker.describe_error(error)
     assert text == "RuntimeError: failed to build; because of OSError: no g++"
 
 
 # What is shown
+
+EVERYONE = [
+    peers.by_name(name)
+    for name in (
+        *("opt-grads", "roofline", "divider", "torch-fused", "torch-foreach", "deepspeed"),
+        *("optax", "thinc", "scikit-learn"),
+    )
+]
 
 
 @pytest.fixture
 def made_up():
     """Results of every contender on two workloads."""
     found = session.Session(threads={"fastadam": 2, "optax": None})
-    for k, peer in enumerate((*peers.OWN, *peers.PEERS)):
+    for k, peer in enumerate(EVERYONE):
         for name, seconds in (("micro", 2e-6), ("1000", 1e-6)):
             ratio = measure.Spread(1.5 + k, 1.4 + k, 1.6 + k)
             rounds = (seconds,) * 7
@@ -579,6 +514,7 @@ def made_up():
     return found
 
 
+SETTINGS = {"dtype": "float32"}
 SHAPES = {"micro": w.WORKLOADS["micro"], "1000": [(1000,)], "gpt2": w.WORKLOADS["gpt2"]}
 
 
@@ -587,25 +523,24 @@ def shown(found, width, encoding="utf-8"):
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding=encoding)
     target = console.Console(file=stream, width=width, highlight=False)
-    tables.show(target, found, SHAPES, first="workload", tail=False, dtype="float32")
+    tables.show_table(target, found.measured, SHAPES, first="workload", dtype="float32")
     stream.flush()
     return raw.getvalue().decode(encoding)
 
 
 @pytest.mark.parametrize("width", [40, 80, 120, 250])
 def test_table_fits(made_up, width):
-    text = shown(made_up, width)
-    lines = text.splitlines()
-    assert max(map(len, lines)) <= width
-    assert "…" not in text
-    assert text.count("2.00 \N{MICRO SIGN}s") == (1 if width >= 120 else text.count("fastadam"))
-    words = text.split()
+    table = shown(made_up, width)
+    assert max(map(len, table.splitlines())) <= width
+    assert "…" not in table
+    assert table.count("2.00 \N{MICRO SIGN}s") == (1 if width >= 120 else table.count("fastadam"))
+    words = table.split()
     for ratio in ("4.50", "9.50", "250%", "350%"):  # torch fused, scikit-learn, the rooflines
         assert words.count(ratio) == 2
-    assert ("(4.40 - 4.60)" in text) == (width >= 250)
+    assert ("(4.40 - 4.60)" in table) == (width >= 250)
     assert ("4,192" in words) == (width >= 120)
-    assert "\x1b" not in text
-    assert "gpt2" not in text
+    assert "\x1b" not in table
+    assert "gpt2" not in table
 
 
 def replaced(found, contender, workload, **changes):
@@ -638,7 +573,7 @@ def test_noisy_in_table_json_and_picture(made_up, optional, monkeypatch, tmp_pat
     assert ("noisy (5.50 - 7.50)" in shown(made_up, 250)) == (noise == "quartiles")
     assert "7.50 - 7.50" not in shown(made_up, 250)
 
-    found = report.to_dict(made_up, {}, SHAPES)
+    found = report.to_dict(made_up, SETTINGS, SHAPES)
     marked = [one["contender"] for one in found["results"] if one["noisy"]]
     assert marked == ["optax", "optax"]
     assert found["fastadam_seconds"]["micro"] == {
@@ -653,8 +588,8 @@ def test_noisy_in_table_json_and_picture(made_up, optional, monkeypatch, tmp_pat
     monkeypatch.setattr(
         axes, "annotate", lambda *a, **k: (texts.append(a[1]), annotate(*a, **k))[1]
     )
-    own = {"micro": SHAPES["micro"]}
-    save_plot(made_up, tmp_path / "a.svg", workloads=own, sizes=(1000,), title="made up")
+    path = tmp_path / "a.svg"
+    save_plot(made_up.measured, path, names=["micro"], sizes=(1000,), title="made up")
     assert texts.count("noisy") == 2  # a bar, and a point of a line
     assert "7.50" not in texts
 
@@ -665,7 +600,7 @@ def test_all_noisy(made_up):
     words = shown(made_up, 120).split()
     assert words.count("noisy") == len(made_up.measured) + 2
     assert "\N{MICRO SIGN}s" not in words
-    assert report.to_dict(made_up, {}, SHAPES)["fastadam_seconds"]["micro"]["noisy"]
+    assert report.to_dict(made_up, SETTINGS, SHAPES)["fastadam_seconds"]["micro"]["noisy"]
 
 
 def test_seconds_far_apart_are_noisy(made_up):
@@ -680,7 +615,7 @@ def test_table_in_ascii(made_up):
 
 def test_not_measured(made_up):
     missing = [*made_up.missing, session.Missing("deepspeed", None, "no g++")]
-    assert report.not_measured(missing, SHAPES) == [
+    assert report.not_measured(missing, [report.Part(False, SHAPES)]) == [
         "thinc, optax (gpt2): needs 9.0 GiB, available are 2.0 GiB",
         "DeepSpeed CPUAdam: no g++",
     ]
@@ -688,7 +623,7 @@ def test_not_measured(made_up):
 
 def test_formats():
     seconds = [9.996e-4, 1.234, 99.96e-6, 4.5e-8]
-    assert [tables.format_seconds(s, "us") for s in seconds] == [
+    assert [text.format_seconds(s, "us") for s in seconds] == [
         "1.00 ms",
         "1.23 s",
         "100 us",
@@ -703,8 +638,7 @@ def test_plot(made_up, optional, tmp_path, names, sizes):
     from fastadam.bench.plot import save_plot
 
     path = tmp_path / "bench.png"
-    own = {name: SHAPES[name] for name in names}
-    save_plot(made_up, path, workloads=own, sizes=sizes, title="made up")
+    save_plot(made_up.measured, path, names=names, sizes=sizes, title="made up")
     assert path.read_bytes().startswith(b"\x89PNG\r\n")
 
 
@@ -760,20 +694,17 @@ def test_command(capsys, tmp_path, optional):
 
 @pytest.mark.usefixtures("_needs_rich")
 def test_who_is_not_installed_does_not_count(capsys, monkeypatch):
-    from fastadam.cli import bench
-
     asked = []
 
-    def measure_nothing(chosen, shapes, **_):
+    def measure_nothing(found, chosen, shapes, **_):
         asked.extend(peer.name for peer in chosen)
-        found = session.Session(threads={"fastadam": 2})
+        found.threads["fastadam"] = 2
         ratio = measure.Spread(1.0, 1.0, 1.0)
         for name in shapes:
             one = session.Measured("roofline", name, 1e-6, (1e-6,), ratio, 1, 1, 1)
             found.measured.append(one)
-        return found
 
-    monkeypatch.setattr(bench, "measure", measure_nothing)
+    monkeypatch.setattr(session, "measure", measure_nothing)
     there = {"torch": object()}
     monkeypatch.setattr(peers, "find_spec", there.get)
     assert cli.main(["bench", "--workload", "micro", "--workload", "mlp"]) == 0
@@ -797,22 +728,18 @@ def test_who_is_not_installed_does_not_count(capsys, monkeypatch):
 def test_nothing_fits(capsys, monkeypatch):
     """What the child process would say, said in this one."""
 
-    def measure_here(chosen, shapes, *, on_event, **settings):
-        found = session.Session()
+    def measure_here(found, chosen, shapes, *, on_event, **settings):
         for peer in chosen:
             spec = {"contender": peer.name, "workloads": list(shapes.items()), **settings}
 
             def emit(kind, **content):
                 event = {"event": kind, **content}
-                session._record(found, peer, event, dict(shapes))  # noqa: B023
+                found.record(peer, False, event)  # noqa: B023
                 on_event(peer, event)  # noqa: B023
 
-            worker.serve(spec, emit)
-        return found
+            worker.serve(spec | {"device": "cpu"}, emit)
 
-    from fastadam.cli import bench
-
-    monkeypatch.setattr(bench, "measure", measure_here)
+    monkeypatch.setattr(session, "measure", measure_here)
     monkeypatch.setattr(peers, "OWN", peers.OWN[:1])
     arguments = ["--workload", "mlp", "--max-memory", "1M", "--peer", "none", "--json", "-"]
     assert cli.main(["bench", *arguments]) == 1
@@ -862,14 +789,14 @@ def test_absent_package(capsys, monkeypatch, tmp_path, package, optional):
 
 
 def test_which_workloads():
-    from fastadam.cli import bench
-
     def chosen(*arguments):
-        return bench._workloads(cli._build_parser().parse_args(["bench", *arguments]))
+        (part,) = bench._parts(cli._build_parser().parse_args(["bench", *arguments]))
+        assert part.tail == ("--tail" in arguments)
+        return part.named, part.sizes
 
-    assert chosen() == (list(w.STEP), w.SIZES)
-    assert chosen("--quick") == (list(w.QUICK), w.QUICK_SIZES)
-    assert chosen("--tail") == (list(w.TAIL), ())
-    assert chosen("--no-sizes") == (list(w.STEP), ())
+    assert chosen() == (list(CPU.step), CPU.sizes)
+    assert chosen("--quick") == (list(CPU.quick), CPU.quick_sizes)
+    assert chosen("--tail") == (list(CPU.tail), ())
+    assert chosen("--no-sizes") == (list(CPU.step), ())
     assert chosen("--workload", "gpt2", "--workload", "gpt2") == (["gpt2"], ())
     assert chosen("--workload", "mlp", "--sizes", "1e3,7") == (["mlp"], (1_000, 7))

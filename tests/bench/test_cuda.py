@@ -1,6 +1,5 @@
 """``fastadam bench --device cuda``: what can be told without a device, and in the simulator."""
 
-import doctest
 import importlib
 import importlib.util
 import json
@@ -12,24 +11,16 @@ import types
 
 import numpy as np
 import pytest
+from bench_tools import python, stepped
 
-from fastadam import cli
-from fastadam.bench import (
-    cuda_contenders,
-    cuda_library,
-    cuda_report,
-    driver,
-    measure,
-    parts,
-    peers,
-    session,
-    worker,
-)
+from fastadam import cli, machine
+from fastadam.bench import arrays, contenders, measure, peers, report, session, worker
 from fastadam.bench import workloads as w
+from fastadam.cli import bench
 
 NUMBA_CUDA = importlib.util.find_spec("numba_cuda") is not None
 NEEDS_NUMBA_CUDA = pytest.mark.skipif(not NUMBA_CUDA, reason="numba-cuda is not installed")
-HAS_GPU = NUMBA_CUDA and bool(driver.ask()[1])
+HAS_GPU = NUMBA_CUDA and bool(machine.cuda_devices()[1])
 NEEDS_GPU = pytest.mark.skipif(not HAS_GPU, reason="no GPU here, or no driver")
 H100 = {
     "name": "NVIDIA H100",
@@ -41,28 +32,21 @@ H100 = {
 }
 
 
-@pytest.mark.parametrize("name", ["cuda_library", "driver", "worker"])
-def test_examples(name):
-    failed, _ = doctest.testmod(importlib.import_module(f"fastadam.bench.{name}"))
-    assert failed == 0
-
-
 def test_imports_nothing_of_cuda():
     code = """
         import sys
-        from fastadam.bench import cuda_contenders, cuda_library, cuda_report, driver, parts
+        from fastadam import cli, machine
+        from fastadam.bench import arrays, contenders, peers, plot, report, tables, worker
+        from fastadam.cli import bench
         print(*{"torch", "cupy", "numba", "numba_cuda", "cuda"} & sys.modules.keys())
     """
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    assert subprocess.run(command, check=True, capture_output=True).stdout.split() == []
+    assert subprocess.run(python(code), check=True, capture_output=True).stdout.split() == []
 
 
 # What is asked for
 
 
 def chosen(*arguments):
-    from fastadam.cli import bench
-
     args = cli._build_parser().parse_args(["bench", "--device", "cuda", *arguments])
     return [(part.tail, part.named, part.sizes) for part in bench._parts(args)]
 
@@ -80,18 +64,13 @@ def test_one_command_answers_all():
 
 
 def test_the_cpu_is_the_default():
-    from fastadam.cli import bench
-
-    args = cli._build_parser().parse_args(["bench"])
-    (part,) = bench._parts(args)
-    assert (part.tail, part.named, part.sizes) == (False, list(w.STEP), w.SIZES)
+    (part,) = bench._parts(cli._build_parser().parse_args(["bench"]))
+    cpu = w.DEFAULTS["cpu"]
+    assert (part.tail, part.named, part.sizes) == (False, list(cpu.step), cpu.sizes)
 
 
 def test_which_peers(monkeypatch):
-    from fastadam.cli import bench
-
     monkeypatch.setattr(peers, "find_spec", lambda _: object())
-
     names = [peer.name for peer in bench._peers(None, "cuda")]
     own = ["roofline", "opt-grads"]
     assert names == [*own, "torch-fused", "torch-foreach", "cupy", "cupy-kernel"]
@@ -100,9 +79,11 @@ def test_which_peers(monkeypatch):
 
 
 def test_by_name():
-    assert peers.by_name("torch-fused").make is peers.PEERS[0].make
-    assert peers.by_name("torch-fused", "cuda").make is cuda_contenders.TorchFusedCuda
-    assert peers.by_name("fastadam", "cuda") is peers.CUDA_FASTADAM
+    assert peers.by_name("torch-fused") is peers.PEERS[0]
+    assert peers.by_name("torch-fused", "cuda") is peers.PEERS[0]
+    assert peers.by_name("fastadam", "cuda") is peers.FASTADAM
+    assert peers.by_name("roofline").make is contenders.MemoryPass
+    assert peers.by_name("roofline", "cuda").make is contenders.DeviceCopy
     assert peers.by_name("cupy").title == "CuPy"  # a report does not say where
     with pytest.raises(KeyError):
         peers.by_name("keras", "cuda")
@@ -151,8 +132,8 @@ def test_a_peer_of_cuda_alone(capsys):
 @NEEDS_NUMBA_CUDA
 def test_no_driver(capsys, monkeypatch, optional):
     optional("rich")
-    monkeypatch.setattr(driver, "ask", lambda: ("no NVIDIA driver found (x)", []))
-    monkeypatch.setattr(importlib.import_module("fastadam.cuda.launch"), "SIMULATED", False)
+    monkeypatch.setattr(arrays, "cuda_devices", lambda: ("no NVIDIA driver found (x)", []))
+    monkeypatch.setattr(machine.cuda_backend(), "SIMULATED", False)
     status, out, err = run_cli(capsys)
     assert (status, out) == (2, "")
     assert err == (
@@ -171,6 +152,7 @@ def test_no_numba_cuda(capsys, monkeypatch, optional):
 
     monkeypatch.setattr(importlib.util, "find_spec", find_spec)
     monkeypatch.delitem(sys.modules, "fastadam.cuda.launch", raising=False)
+    monkeypatch.delattr("fastadam.cuda.launch", raising=False)
     status, out, err = run_cli(capsys)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert "got none: arrays on a CUDA device need numba-cuda: pip install" in err
@@ -206,49 +188,51 @@ class FakeDriver:
 
 def test_the_driver_is_asked(monkeypatch, tmp_path):
     (tmp_path / "version").write_text("580.1\n", "utf-8")
-    monkeypatch.setattr(driver.sys, "platform", "linux")
-    monkeypatch.setattr(driver.ctypes, "CDLL", lambda _: FakeDriver())
-    monkeypatch.setattr(driver, "VERSION", tmp_path / "version")
-    assert driver.ask()[1] == [H100]
-    assert cuda_report.device_facts() == {
+    monkeypatch.setattr(machine.sys, "platform", "linux")
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda _: FakeDriver())
+    monkeypatch.setattr(machine, "NVIDIA_VERSION", tmp_path / "version")
+    assert machine.cuda_devices()[1] == [H100]
+    assert report.device_facts() == {
         **H100,
         "summary": "NVIDIA H100, compute capability 9.0, 80.0 GiB; driver 580.1 for CUDA 13.0",
     }
-    monkeypatch.setattr(driver, "VERSION", tmp_path / "none")
-    assert driver.ask()[1][0]["driver"] is None
-    assert cuda_report.device_facts()["summary"].endswith("; driver for CUDA 13.0")
+    monkeypatch.setattr(machine, "NVIDIA_VERSION", tmp_path / "none")
+    assert machine.cuda_devices()[1][0]["driver"] is None
+    assert report.device_facts()["summary"].endswith("; driver for CUDA 13.0")
 
 
 # Memory
 
 
 def test_too_large():
-    assert cuda_library.too_large(2**30, 2**29, 2**40) == (
+    assert arrays.too_large(2**30, 2**29, 2**40, "on the device") == (
         "needs 1.0 GiB on the device, --max-memory is 512 MiB"
     )
-    assert cuda_library.too_large(2**29, 2**30, 2**30) is None
-    assert cuda_library.too_large(2**40, None, float("inf")) is None
+    assert arrays.too_large(2**29, 2**30, 2**30, "on the device") is None
+    assert arrays.too_large(2**40, None, float("inf"), "on the device") is None
 
 
 def test_what_a_pair_needs():
     """A device of 80 GB holds the largest pair, one of 40 GB all but the copy."""
     needed = {
-        peer.name: worker.device_bytes(10**9, peer, "float32", tail=False)
-        for peer in (*peers.CUDA_OWN, *peers.CUDA_PEERS)
+        peer.name: worker.needed_bytes(10**9, peer, "float32", tail=False, device="cuda")
+        for peer in (*peers.OWN, *peers.PEERS)
+        if "cuda" in peer.devices
     }
     assert needed["roofline"] == (16 + 28) * 10**9
     assert needed["torch-fused"] == 32 * 10**9
     assert max(needed.values()) < 0.9 * 75 * 2**30
-    tail = worker.device_bytes(10, peers.by_name("torch-fused", "cuda"), "float64", tail=True)
+    torch = peers.by_name("torch-fused", "cuda")
+    tail = worker.needed_bytes(10, torch, "float64", tail=True, device="cuda")
     assert tail == 10 * 8 * (5 + 5 + 2)
 
 
 def test_why_too_large(monkeypatch):
     """What is left behind is given back; then the device's memory counts, then the host's."""
     log = []
-    monkeypatch.setattr(cuda_library, "release", lambda: log.append("release"))
-    monkeypatch.setattr(cuda_library, "free_memory", lambda: 10.0 * 2**20)
-    monkeypatch.setattr(worker.memory, "available", lambda: 2**20)
+    monkeypatch.setattr(arrays, "release", lambda: log.append("release"))
+    monkeypatch.setattr(arrays, "free_on_device", lambda: 10.0 * 2**20)
+    monkeypatch.setattr(machine, "memory_available", lambda: 2**20)
     spec = {"tail": False, "dtype": "float32", "max_memory": None, "device": "cuda"}
     peer = peers.by_name("torch-fused", "cuda")
     assert worker._why_too_large(2**20, peer, spec) == (
@@ -265,55 +249,32 @@ def test_why_too_large(monkeypatch):
 @pytest.fixture
 def _torch_on_the_cpu(monkeypatch, optional):
     optional("torch")
-    monkeypatch.setattr(cuda_library.TorchLibrary, "device", "cpu")
-    monkeypatch.setattr(cuda_library, "synchronize", lambda: None)
+    monkeypatch.setattr(arrays.TorchArrays, "CUDA", "cpu")
+    monkeypatch.setattr(arrays, "synchronize", lambda: None)
 
 
 @pytest.fixture
 def _numpy_as_cupy(monkeypatch):
-    class NumpyLibrary:
+    class NumpyAsCupy(arrays.NumpyArrays):
         cupy = np
+        on_host = False
 
-        def upload(self, array):
-            return array.copy()
-
-        def download(self, array):
-            return array.copy()
-
-        def copy_all(self, targets, sources):
-            for target, source in zip(targets, sources, strict=True):
-                np.copyto(target, source)
-
-    monkeypatch.setattr(cuda_library, "CupyLibrary", NumpyLibrary)
-    monkeypatch.setattr(cuda_library, "synchronize", lambda: None)
-
-
-def taken(peer, dtype, tail, steps=5):
-    params, grads = w.draw([(7, 3), (5,), (1_000,)], dtype)
-    contender = peer.make(params, grads, tail)
-    assert contender.clears_grads == tail
-    for _ in range(steps):
-        contender.refill()
-        contender.step()
-    contender.wait()
-    if tail:
-        own = [contender.library.download(grad) for grad in contender._own]
-        assert not any(grad.any() for grad in own)
-        contender.refill()
-        for grad, source in zip(contender._own, grads, strict=True):
-            np.testing.assert_array_equal(contender.library.download(grad), source)
-    return contender.values()
+    monkeypatch.setattr(arrays, "CupyArrays", NumpyAsCupy)
+    monkeypatch.setattr(arrays, "synchronize", lambda: None)
 
 
 def check_same_update(name, dtype, tail):
-    params, grads = w.draw([(7, 3), (5,), (1_000,)], dtype)
-    reference = peers.FASTADAM.make(params, grads, tail)
-    for _ in range(5):
-        reference.refill()
-        reference.step()
+    (_, grads), contender = stepped(peers.by_name(name, "cuda"), dtype, tail, "cuda")
+    assert contender.clears_grads == tail
+    if tail:
+        download = contender.arrays.download
+        assert not any(download(grad).any() for grad in contender.grads)
+        contender.refill()
+        for grad, source in zip(contender.grads, grads, strict=True):
+            np.testing.assert_array_equal(download(grad), source)
     tolerance = 2e-6 if dtype == "float32" else 2e-9  # torch adds 1e-6 to the norm it clips by
-    found = taken(peers.by_name(name, "cuda"), dtype, tail)
-    for value, expected in zip(found, reference.values(), strict=True):
+    _, reference = stepped(peers.FASTADAM, dtype, tail)
+    for value, expected in zip(contender.values(), reference.values(), strict=True):
         np.testing.assert_allclose(value, expected, rtol=0, atol=tolerance)
 
 
@@ -351,7 +312,7 @@ def test_the_kernel_gets_what_it_names(monkeypatch):
 
     fake = types.SimpleNamespace(**{n: getattr(np, n) for n in ("zeros_like", "sqrt")})
     fake.ElementwiseKernel = elementwise
-    monkeypatch.setattr(cuda_library.CupyLibrary, "cupy", fake)
+    monkeypatch.setattr(arrays.CupyArrays, "cupy", fake)
     check_same_update("cupy-kernel", "float64", False)
 
 
@@ -360,20 +321,17 @@ def test_torch_without_a_device(optional):
     if torch.cuda.is_available():
         pytest.skip("this torch finds a device")
     with pytest.raises(RuntimeError, match="this build of torch finds no CUDA device: "):
-        cuda_library.TorchLibrary()
+        arrays.TorchArrays("cuda")
 
 
 def test_the_copy_moves_what_a_step_moves(monkeypatch):
     device = types.SimpleNamespace(
         allocate=bytearray, address_of_buffer=id, clear=lambda *_: None, copy=lambda *a: a
     )
-    real = cuda_contenders.import_module
-    fake = {"fastadam.cuda.launch": device}
-    for module in (cuda_contenders, cuda_library):
-        monkeypatch.setattr(module, "import_module", lambda name: fake.get(name) or real(name))
+    monkeypatch.setattr(contenders, "cuda_backend", lambda: device)
     for dtype, tail, nbytes in [("float32", False, 14), ("float64", True, 44)]:
         params, grads = w.draw([(10, 10)], dtype)
-        contender = cuda_contenders.DeviceCopy(params, grads, tail)
+        contender = contenders.DeviceCopy(params, grads, tail, "cuda")
         assert contender.nbytes == 100 * nbytes
         assert all(len(buffer) == 100 * nbytes for buffer in contender._buffers)
         assert contender.clears_grads == tail
@@ -432,77 +390,75 @@ def test_bursts_are_as_long_as_asked():
 # What is reported
 
 
-def one_of(name, workload, median, seconds=1.0, host=None):
+def one_of(name, workload, median, seconds=1.0, host=None, tail=False):
     ratio = measure.Spread(median, median * 0.9, median * 1.1)
     hosts = [None if host is None else measure.Spread(each, each, each) for each in host or (0, 0)]
     rounds = (seconds,) * 7
-    return session.Measured(name, workload, median * seconds, rounds, ratio, 7, 3, 2, *hosts)
+    step = median * seconds
+    return session.Measured(name, workload, step, rounds, ratio, 7, 3, 2, *hosts, tail=tail)
 
 
 @pytest.fixture
-def both_sessions():
-    step = session.Session(
+def found():
+    return session.Session(
+        "cuda",
         measured=[
             one_of("roofline", "100000000", 0.8, 1e-3, (9.0, 9.0)),
             one_of("roofline", "many", 0.5, 1e-5),
             one_of("torch-fused", "100000000", 1.25, 1e-3, (3e-5, 2e-5)),
             one_of("torch-fused", "many", 2.0, 1e-5, (4e-5, 2.5e-5)),
             one_of("opt-grads", "many", 1.0, 1e-5, (1e-5, 1.5e-5)),
+            one_of("roofline", "many", 0.4, 2e-5, tail=True),
+            one_of("torch-fused", "many", 3.0, 2e-5, tail=True),
         ],
-        missing=[session.Missing("cupy", None, "not installed: pip install that")],
-        other_cpus={"roofline": 0.1},
-    )
-    tail = session.Session(
-        measured=[
-            one_of("roofline", "many", 0.4, 2e-5),
-            one_of("torch-fused", "many", 3.0, 2e-5),
+        missing=[
+            session.Missing("cupy", None, "not installed: pip install that", tail)
+            for tail in (False, True)
         ],
-        missing=[session.Missing("cupy", None, "not installed: pip install that")],
         other_cpus={"roofline": 0.4, "cupy": None},
     )
-    return step, tail
 
 
 SHAPES = {"many": w.WORKLOADS["many"], "100000000": [(10**8,)]}
 
 
-def test_figures(both_sessions):
-    found = cuda_report.figures(*both_sessions, SHAPES, "float32")
-    large = found["copy_fraction"]["100000000"]
+def test_figures(found):
+    figures = report.figures(found, SHAPES, "float32")
+    large = figures["copy_fraction"]["100000000"]
     assert large["median"] == 0.8
     assert large["bytes_per_parameter"] == 28
     assert large["bytes_per_second"] == pytest.approx(2.8e12)
     assert large["copy_bytes_per_second"] == pytest.approx(3.5e12)
-    tail = found["tail_copy_fraction"]["many"]
+    tail = figures["tail_copy_fraction"]["many"]
     assert tail["bytes_per_parameter"] == 44
     assert tail["bytes_per_second"] == pytest.approx(44 * 1_024_000 / 2e-5)
-    assert {name: one["median"] for name, one in found["torch_fused"].items()} == {
+    assert {name: one["median"] for name, one in figures["torch_fused"].items()} == {
         "100000000": 1.25,
         "many": 2.0,
     }
-    assert found["tail_torch_fused"]["many"]["median"] == 3.0
-    medians = {who: one["median"] for who, one in found["host_seconds"]["many"].items()}
+    assert figures["tail_torch_fused"]["many"]["median"] == 3.0
+    medians = {who: one["median"] for who, one in figures["host_seconds"]["many"].items()}
     # By the pair of opt.grads, in which both ways were timed in turn.
     assert medians == {"opt.step(grads)": 1.5e-5, "opt.step()": 1e-5, "torch-fused": 4e-5}
-    assert set(found["host_seconds"]["100000000"]) == {"opt.step(grads)", "torch-fused"}
-    doubles = cuda_report.figures(*both_sessions, SHAPES, "float64")
+    assert set(figures["host_seconds"]["100000000"]) == {"opt.step(grads)", "torch-fused"}
+    doubles = report.figures(found, SHAPES, "float64")
     assert doubles["copy_fraction"]["many"]["bytes_per_parameter"] == 56
 
 
 @pytest.fixture
-def _pretend(monkeypatch, both_sessions, optional):
+def _pretend(monkeypatch, found, optional):
     optional("rich")
-    from fastadam.cli import bench
-
     asked = []
 
-    def measure_nothing(*_, tail, device, **__):
-        asked.append((tail, device))
-        return both_sessions[tail]
+    def measure_nothing(into, *_, tail, **__):
+        asked.append((tail, into.device))
+        into.measured += found.results(tail)
+        into.missing += [one for one in found.missing if one.tail == tail]
+        into.other_cpus = found.other_cpus
 
-    monkeypatch.setattr(bench, "measure", measure_nothing)
-    monkeypatch.setattr(cuda_library, "why_no_device", lambda: None)
-    monkeypatch.setattr(driver, "ask", lambda: ("", [H100]))
+    monkeypatch.setattr(session, "measure", measure_nothing)
+    monkeypatch.setattr(arrays, "why_no_device", lambda: None)
+    monkeypatch.setattr(machine, "cuda_devices", lambda: ("", [H100]))
     yield
     assert asked == [(False, "cuda"), (True, "cuda")]
 
@@ -525,7 +481,7 @@ def test_command(capsys, tmp_path, optional):
 
     saved = json.loads(path.read_text("utf-8"))
     assert saved["date"][:2] == "20"
-    assert saved["device"] == cuda_report.device_facts()
+    assert saved["device"] == report.device_facts()
     assert {"fastadam", "python", "numba", "numpy"} <= saved["versions"].keys()
     assert ("numba-cuda" in saved["versions"]) == NUMBA_CUDA
     assert saved["settings"]["device"] == "cuda"
@@ -538,7 +494,7 @@ def test_command(capsys, tmp_path, optional):
         "noisy": False,
     }
     assert last["host_seconds"] is None
-    assert saved["other_cpus"] == {"roofline": 0.4, "cupy": 0.0}
+    assert saved["other_cpus"] == {"roofline": 0.4, "cupy": None}
     assert saved["workloads"]["1000000000"] == {"tensors": 1, "elements": 10**9}
     assert saved["figures"].keys() == {
         *("copy_fraction", "tail_copy_fraction", "torch_fused", "tail_torch_fused"),
@@ -554,16 +510,16 @@ def test_json_alone(capsys):
 
 
 def test_nothing_is_said_twice():
-    missing = [session.Missing("cupy", None, "no")]
-    both = [parts.Part(tail, ["many"], (), session.Session(missing=missing)) for tail in (0, 1)]
-    assert parts.missing_lines(both) == ["CuPy: no"]
+    both = [report.Part(tail, {"many": []}) for tail in (False, True)]
+    missing = [session.Missing("cupy", None, "no", part.tail) for part in both]
+    assert report.not_measured(missing, both) == ["CuPy: no"]
 
 
 def test_the_event_carries_the_host_costs():
-    found, left = session.Session(), {"many": []}
+    found = session.Session("cuda")
     event = {"event": "result", "workload": "many", "seconds": [1.0], "other_seconds": [2.0]}
     event |= {"number": 1, "other_number": 1, "host_seconds": [0.5], "other_host_seconds": [0.25]}
-    session._record(found, peers.by_name("torch-fused", "cuda"), event, left)
+    found.record(peers.by_name("torch-fused", "cuda"), False, event)
     (one,) = found.measured
     assert (one.fastadam_host_seconds.median, one.host_seconds.median) == (0.5, 0.25)
 
@@ -583,7 +539,7 @@ def served(name, tail, **environment):
         worker.serve(spec, lambda event, **content: print(json.dumps([event, content])))
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
+        python(code),
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -601,7 +557,7 @@ def check_served(events, tail):
 
 
 @NEEDS_NUMBA_CUDA
-@pytest.mark.parametrize(("name", "tail"), [("opt-grads", False)])
+@pytest.mark.parametrize(("name", "tail"), [("opt-grads", False), ("roofline", True)])
 def test_worker_in_the_simulator(name, tail):
     check_served(served(name, tail, NUMBA_ENABLE_CUDASIM="1"), tail)
 
@@ -615,7 +571,7 @@ def test_contenders_in_the_simulator():
         for tail in (False, True):
             found = []
             for device, name in (("cpu", "fastadam"), ("cuda", "fastadam"), ("cuda", "opt-grads")):
-                one = peers.by_name(name, device).make(*arrays, tail)
+                one = peers.by_name(name, device).make(*arrays, tail, device)
                 for _ in range(2):
                     one.refill()
                     one.step()
@@ -627,7 +583,7 @@ def test_contenders_in_the_simulator():
         print("same")
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
+        python(code),
         env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1"},
         capture_output=True,
         text=True,
@@ -656,7 +612,7 @@ def test_the_same_update_on_a_device(name, dtype, tail):
     if reason is not None:
         pytest.skip(reason)
     try:
-        peer.make(*w.draw([(3,)], dtype), tail)
+        peer.make(*w.draw([(3,)], dtype), tail, "cuda")
     except (ImportError, RuntimeError) as error:
         pytest.skip(str(error))
     check_same_update(name, dtype, tail)

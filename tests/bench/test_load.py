@@ -1,41 +1,21 @@
 """``fastadam bench --load``: the load runs and ends, turns alternate, and means are right."""
 
-import doctest
-import importlib
 import json
-import os
 import signal
 import statistics
 import subprocess
-import sys
 import textwrap
 import time
 
 import pytest
+from bench_tools import GROUP, gone, python
 
 from fastadam import cli
-from fastadam.bench import child, load_report, load_worker, spin, under_load
-from fastadam.cli import bench_load
+from fastadam.bench import child, load, measure, report, tables
+from fastadam.cli import bench
 
-GROUP = pytest.mark.skipif(not hasattr(os, "killpg"), reason="no process groups here")
 # Few and short, so that a test is.
 SHORT = {"sizes": (50, 70_000), "passes": 1, "rounds": 1, "steps": 3, "seconds": 0.0}
-
-
-def gone(pid):
-    for _ in range(200):
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.05)
-    return False
-
-
-@pytest.mark.parametrize("name", ["under_load", "spin"])
-def test_examples(name):
-    failed, _ = doctest.testmod(importlib.import_module(f"fastadam.bench.{name}"))
-    assert failed == 0
 
 
 # Child processes
@@ -47,8 +27,7 @@ def answering(code):
         for line in sys.stdin:
             question = json.loads(line)
     """
-    lines = textwrap.indent(textwrap.dedent(code), "    ")
-    return [sys.executable, "-c", textwrap.dedent(head) + lines]
+    return python(textwrap.dedent(head) + textwrap.indent(textwrap.dedent(code), "    "))
 
 
 def test_child_answers():
@@ -93,7 +72,7 @@ def pids(monkeypatch):
 
 
 def test_spinners_use_the_processor_and_end(pids):
-    with spin.Spinners(2) as spinners:
+    with load.Spinners(2) as spinners:
         before = spinners.cpu_seconds()
         while min(b - a for a, b in zip(before, spinners.cpu_seconds(), strict=True)) < 0.05:
             time.sleep(0.01)
@@ -104,7 +83,7 @@ def test_spinners_use_the_processor_and_end(pids):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_spinners_end_with_any_error(pids, error):
     def fail():
-        with spin.Spinners(2):
+        with load.Spinners(2):
             raise error
 
     with pytest.raises(error):
@@ -116,13 +95,12 @@ def test_spinners_end_with_any_error(pids, error):
 def test_spinners_end_with_a_parent_that_is_killed():
     code = """
         import time
-        from fastadam.bench.spin import Spinners
+        from fastadam.bench.load import Spinners
         with Spinners(2) as spinners:
             print(*(child._process.pid for child in spinners._children), flush=True)
             time.sleep(60)
     """
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as parent:
+    with subprocess.Popen(python(code), stdout=subprocess.PIPE) as parent:
         pids = [int(text) for text in parent.stdout.readline().split()]
         parent.send_signal(signal.SIGKILL)
     assert len(pids) == 2
@@ -130,7 +108,7 @@ def test_spinners_end_with_a_parent_that_is_killed():
 
 
 def test_a_dead_spinner_is_noticed():
-    with spin.Spinners(1) as spinners:
+    with load.Spinners(1) as spinners:
         process = spinners._children[0]._process
         process.kill()
         process.wait()
@@ -154,66 +132,67 @@ class Clock:
     def step(self):
         self.steps += 1
         # After the warm-up, one step in four waits long.
-        late = self.steps > load_worker.WARM_UP_STEPS and self.steps % 4 == 0
+        late = self.steps > measure.UNTIMED_STEPS and self.steps % 4 == 0
         self.now += 50_000_000 if late else 9_999_000
 
 
 @pytest.mark.parametrize("work", [0.0, 3e-3])
 def test_every_step_counts_and_the_work_does_not(work):
     clock = Clock()
-    times = load_worker.timed(clock.step, work=work, steps=12, seconds=0.0, clock=clock)
-    assert clock.steps == load_worker.WARM_UP_STEPS + 12
+    times = measure.step_times(clock.step, work=work, steps=12, seconds=0.0, clock=clock)
+    assert clock.steps == measure.UNTIMED_STEPS + 12
     assert sorted(times) == 9 * [10_000_000] + 3 * [50_001_000]
 
 
 def test_a_slice_lasts_as_long_as_asked():
     clock = Clock()
-    times = load_worker.timed(clock.step, work=0.0, steps=1, seconds=1.0, clock=clock)
+    times = measure.step_times(clock.step, work=0.0, steps=1, seconds=1.0, clock=clock)
     assert sum(times) > 0.9e9
     assert len(times) == pytest.approx(50, abs=4)  # 20 ms, in the mean
 
 
 def test_ratio_is_of_means():
     stalls = [[1, 1, 1, 97], [1, 1, 1, 97]]
-    assert under_load.ratio_of_means(stalls, [[1] * 4] * 2).value == 25
-    one = under_load.ratio_of_means([[2], [4], [6]], [[2], [2], [2]])
+    assert load.ratio_of_means(stalls, [[1] * 4] * 2).value == 25
+    one = load.ratio_of_means([[2], [4], [6]], [[2], [2], [2]])
     assert one.value == 2
     # Of a mean, the jackknife's error is the usual one: here that of 1, 2, 3.
     assert one.error == pytest.approx(statistics.stdev([1, 2, 3]) / 3**0.5)
     assert one.noisy
-    assert not under_load.Ratio(2.0, 0.19).noisy
+    assert not load.Ratio(2.0, 0.19).noisy
 
 
 def test_geometric_mean():
-    ratios = [under_load.Ratio(1.0, 0.1), under_load.Ratio(4.0, 0.4)]
-    total = under_load.geometric_mean(ratios)
+    ratios = [load.Ratio(1.0, 0.1), load.Ratio(4.0, 0.4)]
+    total = load.geometric_mean(ratios)
     assert total.value == pytest.approx(2.0)
     assert total.error == pytest.approx(2.0 * 0.1 / 2**0.5)
 
 
 def test_turns(pids):
     seen = []
-    found = under_load.measure(
+    found = load.measure(
         1,
         with_torch=False,
         on_turn=lambda done, total, *turn: seen.append((done, total, *turn)),
         **SHORT | {"sizes": (70_000,), "passes": 2, "rounds": 2},
     )
-    rows = under_load.rows((70_000,))
+    rows = load.rows((70_000,))
     assert len(rows) == 2 * 2
     assert [turn[0] for turn in seen] == list(range(32))
     assert {turn[1] for turn in seen} == {32}
     order = [row for row in (*rows, *reversed(rows)) for _ in range(4)]
     assert [turn[2] for turn in seen] == order
-    a, b = under_load.OURS
+    a, b = load.OURS
     assert [turn[3] for turn in seen] == 8 * [a, b, b, a]
     assert found.threads["fastadam-1"] == 1
     assert found.load.keys() == set(rows)
     assert min(found.load.values()) > 0
     for row in rows:
-        for name in under_load.OURS:
-            assert found.steps(row, name) >= 4 * SHORT["steps"]
-            assert 0 < found.median(row, name) < 1
+        for name in load.OURS:
+            times = found.nanoseconds(row, name)
+            assert len(times) >= 4 * SHORT["steps"]
+            assert 0 < statistics.median(times) < 1e9
     assert len(pids) == 3  # two contenders and a load
     assert all(gone(pid) for pid in pids)
 
@@ -223,17 +202,17 @@ def test_interrupt_ends_all(pids):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        under_load.measure(1, with_torch=False, on_turn=interrupt, **SHORT)
+        load.measure(1, with_torch=False, on_turn=interrupt, **SHORT)
     assert len(pids) == 3
     assert all(gone(pid) for pid in pids)
 
 
 def test_torch_that_is_absent_is_named(monkeypatch):
-    monkeypatch.setattr(under_load, "rows", lambda _: [under_load.Row(50, 0.0, False)])
+    monkeypatch.setattr(load, "rows", lambda _: [load.Row(50, 0.0, False)])
     monkeypatch.setattr("fastadam.bench.peers.find_spec", lambda _: None)
-    found = under_load.measure(0, **SHORT)
+    found = load.measure(0, **SHORT)
     assert [one.reason for one in found.missing] == ["not installed: pip install torch"]
-    assert found.threads.keys() == set(under_load.OURS)
+    assert found.threads.keys() == set(load.OURS)
 
 
 # The command
@@ -243,13 +222,13 @@ def test_torch_that_is_absent_is_named(monkeypatch):
 def quick(monkeypatch, optional):
     """Measure for a moment, and without torch."""
     optional("rich")
-    measure = under_load.measure
+    real = load.measure
 
     def short(number, **options):
         options |= {"with_torch": False, "on_turn": lambda *_: None}
-        return measure(number, **SHORT | options)
+        return real(number, **SHORT | options)
 
-    monkeypatch.setattr(under_load, "measure", short)
+    monkeypatch.setattr(load, "measure", short)
 
 
 @pytest.mark.usefixtures("quick")
@@ -262,15 +241,16 @@ def test_command(capsys, tmp_path):
     assert "beside 1 busy process;" in " ".join(out.split())
     assert "Clipped steps, with 3 ms of other work between them\n" in out
     assert "70,000" in out.split()
-    report = json.loads(path.read_text("utf-8"))
-    assert report["settings"] | {"load": 1, "dtype": "float32"} == report["settings"]
-    assert len(report["results"]) == 2 * 2 * 2 * 2
-    assert len(report["ratios"]) == 8
-    assert report["load_cpus"] > 0
-    for total in report["geometric_means"]:
+    saved = json.loads(path.read_text("utf-8"))
+    assert saved["settings"] | {"load": 1, "dtype": "float32"} == saved["settings"]
+    assert len(saved["results"]) == 2 * 2 * 2 * 2
+    assert {(one["kind"], one["device"]) for one in saved["results"]} == {("load", "cpu")}
+    assert len(saved["ratios"]) == 8
+    assert saved["load_cpus"] > 0
+    for total in saved["geometric_means"]:
         own = [
             one["ratio"]
-            for one in report["ratios"]
+            for one in saved["ratios"]
             if one["work_seconds"] == total["work_seconds"] and one["clipped"] == total["clipped"]
         ]
         assert len(own) == 2
@@ -303,7 +283,7 @@ def test_dead_child_is_one_line(capsys, monkeypatch):
     def fail(_):
         raise child.ChildError("its process ended with status 3: no good")
 
-    monkeypatch.setattr(bench_load, "_measure", fail)
+    monkeypatch.setattr(bench, "_measure_load", fail)
     assert cli.main(["bench", "--load", "2", "--json", "-"]) == 1
     assert capsys.readouterr().err == (
         "fastadam bench: error: could not be measured: its process ended with status 3: no good\n"
@@ -312,13 +292,13 @@ def test_dead_child_is_one_line(capsys, monkeypatch):
 
 def test_a_load_that_did_not_run_is_told(capsys, optional, monkeypatch):
     optional("rich")
-    row = under_load.Row(50, 0.0, False)
-    times = {(row, name): [[10, 12], [9, 11]] for name in under_load.OURS}
-    found = under_load.UnderLoad(
+    row = load.Row(50, 0.0, False)
+    times = {(row, name): [[10, 12], [9, 11]] for name in load.OURS}
+    found = load.UnderLoad(
         times, {"fastadam": 2, "fastadam-1": 1}, load={row: 0.1}, other_cpus=0.5
     )
-    monkeypatch.setattr(under_load, "expected_cpus", lambda *_: 1.0)
-    load_report.show(load_report.to_dict(found, {"load": 2, "dtype": "float32"}))
+    monkeypatch.setattr(load, "expected_cpus", lambda *_: 1.0)
+    tables.show_load(report.load_to_dict(found, {"load": 2, "dtype": "float32"}))
     out = " ".join(capsys.readouterr().out.split())
     assert "Warning: their fair share would have been 1.00 CPUs." in out
     assert "Warning: other processes kept 0.5 CPUs busy besides." in out

@@ -9,8 +9,7 @@ from argparse import Namespace
 import pytest
 
 import fastadam
-from fastadam.bench import driver, load, spin
-from fastadam.cli import info, probe
+from fastadam.cli import info
 
 # Whatever the tests themselves run under must not reach the child.
 UNSET = [
@@ -135,24 +134,6 @@ class TestEnvironment:
         assert f"SIMD      {summary}\n          for {name} (NUMBA_CPU_NAME={name}" in text
 
 
-class TestSimd:
-    @pytest.mark.parametrize(
-        ("assembly", "summary"),
-        [
-            ("\tvsqrtps\t%zmm0, %zmm1\n\tvfmadd231ps\t%zmm0, %zmm1, %zmm2", "AVX-512, 16"),
-            ("\tvsqrtps\t%ymm0, %ymm1\n\tcallq\t*%rax", "AVX, 8"),
-            ("\tfsqrt\tv0.4s, v1.4s\n\tfmla\tv0.4s, v1.4s, v2.4s", "NEON, 4"),
-            ("\tfsqrt.4s\tv0, v1\n\tfmla.4s\tv0, v1, v2", "NEON, 4"),  # as macOS writes it
-            ("\tfsqrt\tz0.s, p0/m, z1.s\n\tfmad\tz0.s, p0/m, z1.s, z2.s", "SVE, FMA"),
-            ("\tfsqrt\ts0, s1\n\tfmadd\ts0, s1, s2, s3", "no vectors, 1"),
-        ],
-    )
-    def test_reads_assembly(self, assembly, summary):
-        found = probe.read_assembly(assembly)
-        assert found["summary"].startswith(summary)
-        assert found["fma"] == ("callq" not in assembly)
-
-
 class TestWarnings:
     def test_none(self, facts):
         assert info._warnings(facts, {"OMP_NUM_THREADS": "8", "LOCAL_WORLD_SIZE": "1"}) == []
@@ -215,105 +196,8 @@ class TestBusy:
         facts["machine"]["busy_cpus"] = 8.0
         assert not warned(facts | {"warnings": info._warnings(facts, {})}, "busy")
 
-    @pytest.mark.skipif(sys.platform != "linux", reason="/proc/stat")
-    def test_sees_processes_that_spin(self):
-        with spin.Spinners(1):
-            assert probe.busy_cpus(0.5) > 0.2  # its share of a CPU, whatever else runs
 
-    def test_elsewhere_the_load_tells(self, monkeypatch, tmp_path):
-        monkeypatch.setattr(load.Others.__init__, "__defaults__", (tmp_path / "none",))
-        monkeypatch.setattr(probe.os, "getloadavg", lambda: (1.5, 9.0, 9.0), raising=False)
-        assert probe.busy_cpus(0.0) == 1.5
-        monkeypatch.delattr(probe.os, "getloadavg")
-        assert probe.busy_cpus(0.0) is None
-
-
-class TestQuota:
-    def test_version_2_lowest_of_the_groups_above(self, tmp_path):
-        own = tmp_path / "cgroup"
-        own.write_text("0::/a/b\n")
-        (tmp_path / "a" / "b").mkdir(parents=True)
-        (tmp_path / "a" / "b" / "cpu.max").write_text("max 100000\n")
-        assert probe.cpu_quota(tmp_path, own) is None
-        (tmp_path / "a" / "cpu.max").write_text("150000 100000\n")
-        assert probe.cpu_quota(tmp_path, own) == 1.5
-
-    def test_version_1(self, tmp_path):
-        own = tmp_path / "cgroup"
-        own.write_text("3:cpuset:/x\n2:cpu,cpuacct:/not/shown/in/a/container\n")
-        folder = tmp_path / "cpu,cpuacct"
-        folder.mkdir()
-        (folder / "cpu.cfs_period_us").write_text("100000\n")
-        (folder / "cpu.cfs_quota_us").write_text("-1\n")
-        assert probe.cpu_quota(tmp_path, own) is None
-        (folder / "cpu.cfs_quota_us").write_text("50000\n")
-        assert probe.cpu_quota(tmp_path, own) == 0.5
-
-    def test_nothing_there(self, tmp_path):
-        assert probe.cpu_quota(tmp_path, tmp_path / "missing") is None
-
-
-class TestParts:
-    def test_no_cache_folder(self, monkeypatch):
-        from fastadam.cpu import kernels
-
-        monkeypatch.setattr(kernels, "cache_folder", lambda: None)
-        assert probe.cache() == {"folder": None, "writable": False, "kernels": 0, "bytes": 0}
-
-    def test_counts_kernels(self, monkeypatch, tmp_path):
-        from fastadam.cpu import kernels
-
-        (tmp_path / "fastadam.update_serial-1.nbc").write_bytes(b"12345")
-        (tmp_path / "other.nbc").write_bytes(b"1")
-        monkeypatch.setattr(kernels, "cache_folder", lambda: str(tmp_path))
-        found = probe.cache()
-        assert found == {"folder": str(tmp_path), "writable": True, "kernels": 1, "bytes": 5}
-
-    def test_driver_without_gpu(self, monkeypatch):
-        class Driver:
-            def cuInit(self, _):  # noqa: N802
-                return 100
-
-        monkeypatch.setattr(driver.sys, "platform", "linux")
-        monkeypatch.setattr(driver.ctypes, "CDLL", lambda _: Driver())
-        assert probe.cuda_devices() == (
-            "the NVIDIA driver is there but finds no GPU (CUDA error 100)",
-            [],
-        )
-
-    @pytest.mark.parametrize(
-        ("package", "used", "summary"),
-        [
-            (None, True, "GPU A, compute capability 9.0, 80.0 GiB"),
-            ("not installed: x", False, "GPU A, compute capability 9.0, 80.0 GiB; not used"),
-        ],
-    )
-    def test_gpu_is_named(self, monkeypatch, package, used, summary):
-        device = {"name": "GPU A", "compute_capability": "9.0", "memory_bytes": 80 * 2**30}
-        monkeypatch.setattr(probe, "cuda_devices", lambda: ("", [device]))
-        monkeypatch.setattr(probe, "_cuda_package", lambda: package)
-        found = probe.gpu()
-        assert (found["used"], found["summary"]) == (used, summary)
-        assert (found["visible"], found["package"]) == (["GPU A"], package)
-
-    @pytest.mark.parametrize(
-        ("error", "expected"),
-        [
-            (
-                ImportError("need numba-cuda: pip install 'fastadam[cuda13]'", name="numba_cuda"),
-                "not installed: pip install 'fastadam[cuda13]'",
-            ),
-            (ImportError("no cuda.bindings", name="cuda"), "does not work: no cuda.bindings"),
-            (OSError("a library\nis bad"), "does not work: OSError: a library is bad"),
-        ],
-    )
-    def test_cuda_package(self, monkeypatch, error, expected):
-        def import_module(_):
-            raise error
-
-        monkeypatch.setattr(probe, "import_module", import_module)
-        assert probe._cuda_package() == expected
-
+class TestText:
     def test_absent_package_is_a_line(self, monkeypatch, capsys):
         facts = facts_of()
         facts["gpu"] = {"package": "not installed: pip install x", "summary": "no driver"}

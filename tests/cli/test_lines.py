@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import fastadam
-from fastadam import cli
-from fastadam.bench import measure, peers, session, under_load
-from fastadam.cli import info, probe
+from fastadam import cli, machine
+from fastadam.bench import load, measure, peers, session
+from fastadam.cli import common, info
 
 WIDTHS = [60, 80, 120]
 WIDE = 1_000
@@ -163,21 +163,32 @@ def test_what_the_first_step_says_is_not_cut_by_the_bar(optional, monkeypatch):
 def found():
     """Results of every contender, some of them noisy."""
     made = session.Session(threads={"fastadam": 2}, other_cpus={"optax": 1.5})
-    for k, peer in enumerate((*peers.OWN, *peers.PEERS)):
+    everyone = [peer for peer in (*peers.OWN, *peers.PEERS) if "cpu" in peer.devices]
+    for k, peer in enumerate(everyone):
         made.threads[peer.name] = 1 + k % 2
         for name in ("micro", "1000"):
             ratio = measure.Spread(1.5 + k, 1.4 + k, 1.6 + k if k % 3 else 9.0 + 2 * k)
             one = session.Measured(peer.name, name, 3e-6, (2e-6,) * 7, ratio, 7, 10, 20)
             made.measured.append(one)
     reason = "needs 9.0 GiB, available are 2.0 GiB, and a reason that goes on and on and on"
-    made.missing += [session.Missing(peer.name, "1000", reason) for peer in peers.PEERS]
+    made.missing += [session.Missing(peer.name, "1000", reason) for peer in everyone[3:]]
     return made
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-def test_bench(printed, found, optional, monkeypatch, width, tmp_path):
+@pytest.fixture
+def _pretend(monkeypatch, found, optional):
+    """Have `fastadam bench` find these results."""
     optional("rich")
-    monkeypatch.setattr("fastadam.cli.bench.measure", lambda *_, **__: found)
+
+    def measure_nothing(into, *_, **__):
+        vars(into).update(vars(found))
+
+    monkeypatch.setattr(session, "measure", measure_nothing)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.usefixtures("_pretend")
+def test_bench(printed, monkeypatch, width, tmp_path):
     monkeypatch.setattr(peers, "find_spec", lambda name: name == "torch" or None)
     file = tmp_path / "bench.json"
     arguments = ["bench", "--workload", "micro", "--sizes", "1000", "--json", file]
@@ -188,9 +199,8 @@ def test_bench(printed, found, optional, monkeypatch, width, tmp_path):
     assert "because other" not in " ".join(text.split())
 
 
-def test_bench_in_a_pipe(found, optional, monkeypatch, capsys):
-    optional("rich")
-    monkeypatch.setattr("fastadam.cli.bench.measure", lambda *_, **__: found)
+@pytest.mark.usefixtures("_pretend")
+def test_bench_in_a_pipe(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "60")
     assert cli.main(["bench", "--workload", "micro", "--sizes", "1000"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -203,20 +213,20 @@ def test_bench_in_a_pipe(found, optional, monkeypatch, capsys):
 @pytest.mark.parametrize("width", WIDTHS)
 def test_bench_load(printed, optional, monkeypatch, width):
     optional("rich")
-    made = under_load.UnderLoad(other_cpus=1.0, layer="workqueue")
-    for row in under_load.rows():
+    made = load.UnderLoad(other_cpus=1.0, layer="workqueue")
+    for row in load.rows():
         made.load[row] = 0.1
-        for name in under_load.CONTENDERS:
+        for name in load.CONTENDERS:
             made.threads[name] = 2
             slices = [[row.size * 10, row.size * 30], [row.size, row.size]]
             # So that every ratio is noisy.
             made.times[row, name] = slices if name == "fastadam" else slices[::-1]
     made.missing.append(session.Missing("torch-fused", None, "OSError: " + "a reason " * 20))
-    monkeypatch.setattr(under_load, "measure", lambda *_, **__: made)
+    monkeypatch.setattr(load, "measure", lambda *_, **__: made)
     text = check(printed, width, "bench", "--load", 2)
     assert text.split().count("all") == 4 * (1 + (width == 60)) or width > 60
     # Each ratio with its mark, and no table without a heading.
-    assert len(re.findall(r"\d noisy\n", text)) == 4 * (len(under_load.SIZES) + 1)
+    assert len(re.findall(r"\d noisy\n", text)) == 4 * (len(load.SIZES) + 1)
     assert not any(line.endswith(" ") for line in text.splitlines() if "mean" in line)
 
 
@@ -227,10 +237,11 @@ def test_no_terminal_no_breaks(capsys, monkeypatch):
 
 
 def test_words():
-    assert cli.wrapped("a scikit-learn b\n\nc", 8) == "a\nscikit-learn\nb\n\nc"
-    assert cli.wrapped("a b", None) == "a b"
-    assert cli.in_rows([("k", "aa bb"), ("", "c")], 5) == ["k  aa", "   bb", "   c"]
-    assert doctest.testmod(cli).failed == 0
+    assert common.wrapped("a scikit-learn b\n\nc", 8) == "a\nscikit-learn\nb\n\nc"
+    assert common.wrapped("a b", None) == "a b"
+    assert common.in_rows([("k", "aa bb"), ("", "c")], 5) == ["k  aa", "   bb", "   c"]
+    for module in (cli, cli.bench, common):
+        assert doctest.testmod(module).failed == 0
 
 
 def test_order_of_inspect(printed, optional, tmp_path):
@@ -257,10 +268,10 @@ def test_places_are_in_order(printed, optional, tmp_path):
 
 
 def test_busy_is_shown(printed, monkeypatch):
-    monkeypatch.setattr(probe, "busy_cpus", lambda: 1.75)
+    monkeypatch.setattr(machine, "busy_cpus", lambda: 1.75)
     assert "about 1.8 kept busy by other processes" in printed(120, "info")
     assert json.loads(printed(120, "info", "--json"))["machine"]["busy_cpus"] == 1.75
-    monkeypatch.setattr(probe, "busy_cpus", lambda: 0.01)
+    monkeypatch.setattr(machine, "busy_cpus", lambda: 0.01)
     assert " none kept busy by other processes" in printed(120, "info")
 
 

@@ -46,7 +46,7 @@ SHAPES = ((0,), (), (5,), (33, 9), [37], [4_097], "F", (70_001,))
 @functools.cache
 def has_device():
     """Whether there is a GPU to test on; imports nothing of CUDA before a driver is found."""
-    from fastadam.cli.probe import cuda_devices
+    from fastadam.machine import cuda_devices
 
     if importlib.util.find_spec("numba_cuda") is None or not cuda_devices()[1]:
         return False
