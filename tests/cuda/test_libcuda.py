@@ -26,10 +26,18 @@ def run(optional):
         pytest.skip("no gcc to build a libcuda with")
 
     def run_files(names, chosen, at_least):
-        folders = [FOLDER, TESTS, TESTS.parent, os.environ.get("PYTHONPATH", "")]
+        folders = [FOLDER, TESTS / "support", TESTS.parent, os.environ.get("PYTHONPATH", "")]
         options = ["-q", "-rf", "--tb=short", "-p", "no:cacheprovider", "-p", "libcuda_driver"]
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", *options, "-k", chosen, *names],
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                *options,
+                "-k",
+                chosen,
+                *(FOLDER / name for name in names),
+            ],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))},
             cwd=TESTS.parent,
             capture_output=True,
@@ -48,9 +56,9 @@ def run(optional):
 
 
 def test_a_sample(run):
-    run([FOLDER / "libcuda_cases.py", TESTS / "test_gpu.py"], SHORT, 14)
+    run(["libcuda_cases.py", "test_gpu.py"], SHORT, 14)
 
 
 @pytest.mark.full
 def test_more_of_them(run):
-    run([FOLDER / "test_streams.py", TESTS / "test_gpu.py"], LONG, 40)
+    run(["test_streams.py", "test_gpu.py"], LONG, 40)
