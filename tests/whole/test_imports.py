@@ -110,6 +110,8 @@ def test_no_import_by_a_string_of_our_own(name):
             called = node.func.id if isinstance(node.func, ast.Name) else called
             if called in ("import_module", "__import__"):
                 first = node.args[0]
+                if isinstance(first, ast.JoinedStr):
+                    first = first.values[0]
                 if isinstance(first, ast.Constant):
                     assert not first.value.startswith((".", "fastadam")), f"line {node.lineno}"
                 else:  # a plain variable, of which no part is ours
