@@ -13,6 +13,7 @@ from .params import checks, hyperparameters
 from .params.containers import FixedSequence, check_any_given, check_same
 from .params.groups import Groups, counted, describe
 from .params.names import Absent, check_attribute, check_keywords
+from .params.types import Betas, Grads, Group, Nonfinite, NotGiven, Params, Schedule
 from .runtime import Unchanged, each_alone, in_one_go, register
 from .state.param_state import by_group, new_states, rehouse
 from .state.state_dict import LoadedState, export_state, import_state
@@ -140,18 +141,18 @@ class Adam:
     @check_keywords()
     def __init__(
         self,
-        params: Any,
+        params: Params,
         lr: float = 1e-2,
-        betas: tuple[float, float] = (0.9, 0.95),
+        betas: Betas = (0.9, 0.95),
         eps: float = 1e-8,
         *,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = False,
         amsgrad: bool = False,
         maximize: bool = False,
-        schedule: Callable[[int], float] | None = None,
+        schedule: Schedule | None = None,
         max_grad_norm: float | None = None,
-        nonfinite: str = "propagate",
+        nonfinite: Nonfinite = "propagate",
         ema_decay: float | None = None,
     ) -> None:
         defaults = hyperparameters.check_options(
@@ -203,7 +204,7 @@ class Adam:
         # `__setattr__`, which is Python's.)
         in_one_go([(object.__setattr__, self, *pair) for pair in new.items()])
 
-    def add_param_group(self, group: Mapping[str, Any]) -> None:
+    def add_param_group(self, group: Group) -> None:
         """Add parameters; from the next step on, ``grads`` has one entry a group.
 
         Parameters
@@ -237,7 +238,7 @@ class Adam:
             self._install(groups, steps, self.step_count)
 
     def step(
-        self, grads: Any = ..., *, grad_scale: float = 1.0, zero_grad: bool = False
+        self, grads: Grads | NotGiven = ..., *, grad_scale: float = 1.0, zero_grad: bool = False
     ) -> StepResult:
         """Update every parameter that has a gradient, in place.
 
@@ -426,12 +427,12 @@ class Adam:
         self._max_grad_norm = hyperparameters.check_max_grad_norm(max_grad_norm)
 
     @property
-    def nonfinite(self) -> str:
+    def nonfinite(self) -> Nonfinite:
         """What is done if a gradient is not finite: propagate, skip or raise; can be set."""
         return self._nonfinite
 
     @nonfinite.setter
-    def nonfinite(self, nonfinite: str) -> None:
+    def nonfinite(self, nonfinite: Nonfinite) -> None:
         self._nonfinite = hyperparameters.check_nonfinite(nonfinite)
 
     @property
@@ -461,12 +462,12 @@ class Adam:
             options["lr"] = self._groups.defaults["lr"]
 
     @property
-    def schedule(self) -> Callable[[int], float] | None:
+    def schedule(self) -> Schedule | None:
         """The factor on every group's ``lr`` as a function of the step, or None."""
         return self._schedule
 
     @schedule.setter
-    def schedule(self, schedule: Callable[[int], float] | None) -> None:
+    def schedule(self, schedule: Schedule | None) -> None:
         self._schedule = hyperparameters.check_schedule(schedule)
 
     @property
@@ -669,18 +670,18 @@ class AdamW(Adam):
     @check_keywords()
     def __init__(
         self,
-        params: Any,
+        params: Params,
         lr: float = 1e-2,
-        betas: tuple[float, float] = (0.9, 0.95),
+        betas: Betas = (0.9, 0.95),
         eps: float = 1e-8,
         *,
         weight_decay: float = 1e-2,
         decoupled_weight_decay: bool = True,
         amsgrad: bool = False,
         maximize: bool = False,
-        schedule: Callable[[int], float] | None = None,
+        schedule: Schedule | None = None,
         max_grad_norm: float | None = None,
-        nonfinite: str = "propagate",
+        nonfinite: Nonfinite = "propagate",
         ema_decay: float | None = None,
     ) -> None:
         super().__init__(

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from .adam import Adam, take_turn
 from .params.checks import as_float, is_real
 from .params.names import Absent, check_attribute, check_keywords
+from .params.types import Nonfinite
 from .runtime import Unchanged, each_alone, register
 from .update.result import StepResult
 
@@ -259,12 +260,12 @@ class ObjectAdam:
         self.optimizer.max_grad_norm = max_grad_norm
 
     @property
-    def nonfinite(self) -> str:
+    def nonfinite(self) -> Nonfinite:
         """As `Adam.nonfinite`; can be set."""
         return self.optimizer.nonfinite
 
     @nonfinite.setter
-    def nonfinite(self, nonfinite: str) -> None:
+    def nonfinite(self, nonfinite: Nonfinite) -> None:
         self.optimizer.nonfinite = nonfinite
 
     @property

@@ -1,8 +1,8 @@
 """The types of what a user gives, for mypy and pyright: no library of arrays is imported."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, ValuesView
 from types import EllipsisType
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 
 class Array(Protocol):
@@ -22,16 +22,18 @@ class Array(Protocol):
         """What each element is."""
 
 
-# The parameters of one group: an array, several in a row, or several by name.
-Arrays: TypeAlias = Array | Iterable[Array] | Mapping[str, Array]
-# A group: its "params", which are `Arrays`, and hyperparameters. (No TypedDict: type checkers take
+# Several of something: all of `Iterable` but a mapping, whose keys it would be.
+_T = TypeVar("_T")
+Several: TypeAlias = Sequence[_T] | Iterator[_T] | ValuesView[_T]
+
+# A group: its "params", and hyperparameters. (No TypedDict: type checkers take
 # `groups = [{"params": [w], "lr": 0.1}]` for a list of plain dicts.)
 Group: TypeAlias = Mapping[str, Any]
-Params: TypeAlias = Arrays | Sequence[Group]
+Params: TypeAlias = Array | Several[Array | Group] | Mapping[str, Array]
 
 # Gradients come in the container of their parameters, None where there is none.
-GroupGrads: TypeAlias = Array | Iterable[Array | None] | Mapping[str, Array | None]
-Grads: TypeAlias = GroupGrads | Iterable[GroupGrads]
+_GroupGrads: TypeAlias = Several[Array | None] | Mapping[str, Array | None]
+Grads: TypeAlias = Array | Several[Array | _GroupGrads | None] | Mapping[str, Array | None]
 # What stands for "not given", since None is a gradient that there is not.
 NotGiven: TypeAlias = EllipsisType
 

@@ -3,6 +3,7 @@
 
 import math
 from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -130,7 +131,7 @@ class cosine_restarts(Base):
         return mix(1.0, self.final, half_cosine(step / length))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class piecewise(Base):
     """Hold one factor after another.
 
@@ -161,8 +162,10 @@ class piecewise(Base):
     boundaries: tuple[int, ...]
     factors: tuple[float, ...]
 
-    def __post_init__(self) -> None:
-        Base.__post_init__(self)
+    def __init__(self, boundaries: Iterable[int], factors: Iterable[float]) -> None:
+        object.__setattr__(self, "boundaries", boundaries)
+        object.__setattr__(self, "factors", factors)
+        self.__post_init__()  # makes tuples of them
         if any(a >= b for a, b in pairwise(self.boundaries)):
             raise ValueError(f"boundaries must be strictly increasing, got {self.boundaries}")
         if len(self.factors) != len(self.boundaries) + 1:
