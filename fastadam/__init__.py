@@ -8,14 +8,13 @@ from .compiling import compile  # noqa: A004
 from .objects import from_objects
 from .runtime import alone
 from .update.result import StepResult
+from .version import __version__
 
 if TYPE_CHECKING:
     from . import checkpoint as checkpoint
     from . import schedules as schedules
     from . import torch as torch
     from .checkpoint import CheckpointError, load, save
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Adam",

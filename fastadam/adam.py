@@ -3,24 +3,33 @@
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from . import backends
 from .params import checks, hyperparameters
 from .params.containers import FixedSequence, check_any_given, check_same
-from .params.groups import Groups, counted, describe
+from .params.groups import Groups, ParamGroup, counted, describe
 from .params.names import Absent, check_attribute, check_keywords
 from .params.types import Betas, Grads, Group, Nonfinite, NotGiven, Params, Schedule
-from .runtime import Unchanged, each_alone, in_one_go, register
-from .state.param_state import by_group, new_states, rehouse
+from .runtime import Unchanged, alone, register, undisturbed
+from .state.param_state import ParamState, by_group, new_states, rehouse
 from .state.state_dict import LoadedState, export_state, import_state
+from .state.torch_load import allow_arrays_in_torch_load
 from .update.result import StepResult
 from .update.scalars import Scalars
 
 _new = tuple.__new__
+
+
+class Contents(NamedTuple):
+    """The parameters of an optimizer with their state, each group's options, each one's steps."""
+
+    states: list[ParamState]
+    options: list[ParamGroup]
+    steps: npt.NDArray[np.int64]
 
 
 class Adam:
@@ -120,6 +129,9 @@ class Adam:
     True
     """
 
+    # Beside the public methods, the rest of the package uses `_turn`, `_contents`, `_take_over`,
+    # `_export_state` and `_compilations`, and `Unchanged` uses `_version` and `_copies`.
+
     _groups: Groups
     _stepper: backends.Stepper
     _scalars: Scalars
@@ -200,9 +212,10 @@ class Adam:
             "_own_grads": (),
         }
         # So that Ctrl-C cannot leave the old beside the new. (Not by way of vars(self): once
-        # Python has made that dict, every attribute takes it longer to find. And not by
-        # `__setattr__`, which is Python's.)
-        in_one_go([(object.__setattr__, self, *pair) for pair in new.items()])
+        # Python has made that dict, every attribute takes it longer to find.)
+        with alone, undisturbed():
+            for name, value in new.items():
+                setattr(self, name, value)
 
     def add_param_group(self, group: Group) -> None:
         """Add parameters; from the next step on, ``grads`` has one entry a group.
@@ -554,32 +567,27 @@ class Adam:
             )
             self._take_over(loaded)
 
+    def _turn(self) -> threading.Lock:
+        """Return the lock to be held while the contents are used, unless a step is under way."""
+        return take_turn(self._lock)
+
+    def _contents(self) -> Contents:
+        """Return what a checkpoint is made of: live arrays and options, a copy of the steps."""
+        return Contents(self._groups.states, self._groups.options, self._stepper.steps)
+
     def _take_over(self, loaded: LoadedState) -> None:
         """Write all of a state that fits, or nothing, whatever signals arrive."""
-        groups = self._groups
-        # On the host an iterator, of which a second go takes what is left.
-        arrays = self._backend.writing(loaded.targets, loaded.sources)
-
-        def writes() -> Iterable[tuple[Any, ...]]:
-            return chain(
-                arrays,
-                self._stepper.counting(loaded.steps, loaded.step_count),
-                [
-                    (dict.update, *pair)
-                    for pair in zip(groups.options, loaded.options, strict=False)
-                ],
-                [(object.__setattr__, self, *pair) for pair in loaded.settings.items()],
-                loaded.calls(),
-            )
-
-        self._loads += 1
-        for options in groups.options:
-            options.touched = True
-        try:
-            in_one_go(writes())
-        except BaseException:  # before it, where writing takes Python, or in a user's property
-            each_alone(writes())
-            raise
+        backend, stepper = self._backend, self._stepper
+        with alone, undisturbed():
+            self._loads += 1
+            while loaded.targets:  # each source is let go as soon as it is written
+                backend.assign(loaded.targets.pop(), loaded.sources.pop())
+            stepper.steps, stepper.step_count[0] = loaded.steps, loaded.step_count
+            # No options at all: they stay as they are.
+            for options, new in zip(self._groups.options, loaded.options, strict=False):
+                options.update(new)
+            for name, value in loaded.settings.items():
+                setattr(self, name, value)
 
     def _version(self) -> tuple[Any, ...]:
         """Return what is another one after each step and load; raise in the middle of one."""
@@ -703,9 +711,7 @@ class AdamW(Adam):
 def have_torch_load_state() -> None:
     """Have ``torch.load`` take a state_dict, in a program that uses torch."""
     if "torch" in sys.modules:
-        from .torch import have_torch_load_arrays
-
-        have_torch_load_arrays()
+        allow_arrays_in_torch_load()
 
 
 def take_turn(lock: threading.Lock) -> threading.Lock:

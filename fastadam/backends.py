@@ -1,7 +1,7 @@
 """Where parameters may live, what each such place must offer, and the choice between them."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -41,9 +41,6 @@ class Stepper(Protocol):
     ) -> StepResult:
         """Take a step for which the norm of the gradients is needed."""
 
-    def counting(self, steps: npt.NDArray[np.int64], step_count: int) -> list[tuple[Any, ...]]:
-        """Return calls, as function and arguments, that set all counts of steps."""
-
     def choose_kernels(self) -> None:
         """Have other kernels looked for, in a forked child."""
 
@@ -71,12 +68,6 @@ class Backend(Protocol):
 
     def assign(self, target: Any, source: Any) -> None:
         """Write what another array holds, this backend's or a NumPy array."""
-
-    def writing(self, targets: list[Any], sources: list[Any]) -> Iterable[tuple[Any, ...]]:
-        """Return calls, as function and arguments, that write NumPy arrays into these.
-
-        A second go through them writes what is left, or all again.
-        """
 
     def to_host(self, array: Any) -> npt.NDArray[Any]:
         """Return a copy as a NumPy array of the same memory order."""

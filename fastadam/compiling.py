@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from .adam import Adam
-from .objects import ObjectAdam
+from .adapter import Adapter, adapter_of
 
 
 def compile(  # noqa: A001
-    opt: Adam | ObjectAdam, *, progress: bool | Callable[[int, int], object] = False
+    opt: Adam | Adapter, *, progress: bool | Callable[[int, int], object] = False
 ) -> None:
     """Prepare every kernel that an optimizer will need before its first step.
 
@@ -41,13 +41,10 @@ def compile(  # noqa: A001
     1 of 2
     2 of 2
     """
-    if isinstance(opt, ObjectAdam):
-        opt = opt.optimizer
-    if not isinstance(opt, Adam):
-        raise TypeError(f"opt must be an optimizer of fastadam's, got {type(opt).__qualname__}")
+    optimizer = adapter_of(opt).optimizer
     if not isinstance(progress, bool) and not callable(progress):
         raise TypeError(f"progress must be True, False or callable, got {progress!r}")
-    calls = opt._compilations()
+    calls = optimizer._compilations()
     for done, make_ready in enumerate(_with_bar(calls) if progress is True else calls, 1):
         make_ready()
         if callable(progress):

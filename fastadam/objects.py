@@ -2,25 +2,23 @@
 
 import math
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain, compress, repeat, starmap
-from operator import call
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from .adam import Adam, take_turn
+from .adam import Adam
+from .adapter import Adapter
 from .params.checks import as_float, is_real
 from .params.names import Absent, check_attribute, check_keywords
 from .params.types import Nonfinite
-from .runtime import Unchanged, each_alone, register
+from .runtime import Unchanged, register, undisturbed
 from .update.result import StepResult
 
 __all__ = ["ObjectAdam", "from_objects"]
 
-_drain = deque[Any](maxlen=0).extend
+_T = TypeVar("_T")
 
 # The constructor's options that no state_dict holds.
 _KEPT = ("amsgrad", "schedule", "max_grad_norm", "nonfinite", "ema_decay")
@@ -30,7 +28,20 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-class ObjectAdam:
+class _Forwarded(Generic[_T]):
+    """An attribute of the optimizer inside, to be read and set from outside."""
+
+    def __set_name__(self, _: type, name: str) -> None:
+        self._name, self.__doc__ = name, getattr(Adam, name).__doc__
+
+    def __get__(self, opt: "ObjectAdam | None", _: type | None = None) -> _T:
+        return self if opt is None else getattr(opt.optimizer, self._name)  # type: ignore[return-value]
+
+    def __set__(self, opt: "ObjectAdam", value: _T) -> None:
+        setattr(opt.optimizer, self._name, value)
+
+
+class ObjectAdam(Adapter):
     """Adam over objects that carry their value and their gradient.
 
     Made by `from_objects`. ``optimizer`` is the `Adam` underneath.
@@ -69,13 +80,13 @@ class ObjectAdam:
         eps: float = 1e-8,
         **options: Any,
     ) -> None:
+        super().__init__()
         if isinstance(params, Mapping | str | bytes) or not isinstance(params, Iterable):
             raise TypeError(
                 f"params must be a sequence of objects with .data and .grad, got"
                 f" {type(params).__qualname__}"
             )
         self._objects = list(params)
-        self._scalars: list[int] = []
         first_seen: dict[int, int] = {}
         for k, thing in enumerate(self._objects):
             if not (hasattr(thing, "data") and hasattr(thing, "grad")):
@@ -90,33 +101,38 @@ class ObjectAdam:
                 thing.data, thing.grad = thing.data, thing.grad
             except (AttributeError, TypeError) as error:
                 raise TypeError(f"params[{k}] must let .data and .grad be set, {error}") from None
-            if not isinstance(thing.data, np.ndarray):
-                self._scalars.append(k)
-        # All the scalars lie in one array of float64, each a parameter of its own:
-        # one without a gradient this time keeps its own step count.
-        self._values = np.zeros(len(self._scalars))
-        self._slopes = np.zeros(len(self._scalars))
-        self._arrays: list[npt.NDArray[Any]] = [thing.data for thing in self._objects]
-        self._grads: list[npt.NDArray[Any] | None] = [None] * len(self._objects)
-        self._views = {}
-        for place, k in enumerate(self._scalars):
-            self._arrays[k] = self._values[place : place + 1].reshape(())
-            self._views[k] = self._slopes[place : place + 1].reshape(())
-        self._read_values()
-        self._lock = threading.Lock()
-        # Of a step under way: the count of steps, what it was before, what is to be written.
-        # (A list, since each step writes to it, which `__setattr__` would make slow.)
-        self._unwritten: list[tuple[Any, int, Iterator[Any]]] = []
+        # Objects by place: numbers, of which each is a parameter of its own, since one without a
+        # gradient this time keeps its own step count; and arrays.
+        self._numbers = {
+            k: thing
+            for k, thing in enumerate(self._objects)
+            if not isinstance(thing.data, np.ndarray)
+        }
+        self._arrays = {
+            k: thing.data for k, thing in enumerate(self._objects) if k not in self._numbers
+        }
+        # The numbers and their gradients, in two arrays of float64, seen one by one.
+        self._values = np.zeros(len(self._numbers))
+        self._slopes = np.zeros(len(self._numbers))
+        self._slope_of = dict(zip(self._numbers, _each(self._slopes), strict=True))
+        self._pull()
+        # The gradients of a step under way, and the count of steps before it.
+        self._under_way: tuple[list[Any], int] | None = None
         register(self)
-        self.optimizer = Adam(self._arrays, lr, betas, eps, **options)
+        params = dict(zip(self._numbers, _each(self._values), strict=True)) | self._arrays
+        self.optimizer = Adam([params[k] for k in range(len(params))], lr, betas, eps, **options)
 
     def _after_fork(self) -> None:
-        """Be usable in a forked child: no thread that was in a step is there to end it."""
+        """Be usable in a forked child, where a step that was under way does not go on.
+
+        If another thread forked between the update of the arrays and that of the
+        objects, write the objects here.
+        """
         self._lock = threading.Lock()
-        for count, before, writes in self._unwritten:
-            if count[0] != before:
-                _drain(writes)
-        del self._unwritten[:]
+        if self._under_way is not None:
+            (grads, before), self._under_way = self._under_way, None
+            if self.optimizer.step_count != before:
+                self._write_step(grads)
 
     def step(self, *, grad_scale: float = 1.0) -> StepResult:
         """Read every ``.grad``, update every ``.data``, reset every ``.grad`` to 0.
@@ -148,125 +164,104 @@ class ObjectAdam:
         Ctrl-C, and an object whose ``.data`` cannot be set, leave the other
         objects and the optimizer's state those of one step.
         """
-        with take_turn(self._lock):
-            self._read_values()
-            grads = [self._read_grad(k, thing) for k, thing in enumerate(self._objects)]
-            count = self.optimizer._stepper.step_count
-            before = count[0]
-            # Ready before the step: no signal's handler runs between it and their being made.
-            writes = starmap(call, self._writes(grads))
-            self._unwritten[:] = [(count, before, writes)]  # no call: no signal comes in between
-            try:
-                result = self.optimizer.step(grads, grad_scale=grad_scale, zero_grad=True)
-            finally:
-                if count[0] != before:
-                    try:
-                        _drain(writes)
-                    except BaseException:  # in a property of the user's, from it or from a signal
-                        each_alone(self._writes(grads))
-                        del self._unwritten[:]
-                        raise
-                del self._unwritten[:]
-            if result.skipped:
-                _drain(starmap(call, self._resets(grads)))
+        with self._turn():
+            self._read_numbers()
+            grads = self._read_grads()
+            with undisturbed():
+                self._under_way = grads, self.optimizer.step_count
+                try:
+                    result = self.optimizer.step(grads, grad_scale=grad_scale, zero_grad=True)
+                    self._write_step(grads, skipped=result.skipped)
+                finally:
+                    self._under_way = None
             return result
 
-    def _writes(self, grads: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
-        """Return what a step will write to objects: iterators in C, read when it is done."""
-        chosen = [grads[k] is not None for k in self._scalars]
-        return chain(compress(self._value_writes(), chosen), self._resets(grads))
+    def _write_step(self, grads: list[Any], *, skipped: bool = False) -> None:
+        """Write what a step with these gradients has computed, and reset the gradients."""
+        errors: list[BaseException] = []
+        if not skipped:
+            moved = [k for k in self._numbers if grads[k] is not None]
+            self._write_numbers(moved, errors)
+        for thing, grad in zip(self._objects, grads, strict=True):
+            # An object's own array the step itself has set to 0.
+            if grad is not None and thing.grad is not grad:
+                try:
+                    thing.grad = 0.0
+                except BaseException as error:
+                    errors.append(error)
+        if errors:
+            raise errors[0]
 
-    def _value_writes(self) -> Iterator[tuple[Any, ...]]:
-        """Return calls that set the ``.data`` of all scalars to what will then be their values."""
-        objects = [self._objects[k] for k in self._scalars]
-        values = chain.from_iterable(map(call, [self._values.tolist]))
-        return zip(repeat(setattr), objects, repeat("data"), values)
+    def _write_numbers(self, places: Iterable[int], errors: list[BaseException]) -> None:
+        """Set ``.data`` of numbers to their values; note what a property raises, and go on."""
+        values = dict(zip(self._numbers, self._values.tolist(), strict=True))
+        for k in places:
+            try:
+                self._objects[k].data = values[k]
+            except BaseException as error:
+                errors.append(error)
 
-    def _resets(self, grads: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
-        things = [
-            thing
-            for thing, grad in zip(self._objects, grads, strict=True)
-            if grad is not None and thing.grad is not grad  # no array of the object's own
-        ]
-        return zip(repeat(setattr), things, repeat("grad"), repeat(0.0))
+    def _pull(self) -> None:
+        """Read the numbers; check that the arrays are where they were."""
+        for k in self._arrays:
+            self._check_array(k)
+        self._read_numbers()
 
-    def _read_values(self) -> None:
-        scalars = [self._objects[k].data for k in self._scalars]
-        for k, value in zip(self._scalars, scalars, strict=True):
+    def _read_numbers(self) -> None:
+        values = [thing.data for thing in self._numbers.values()]
+        for k, value in zip(self._numbers, values, strict=True):
             if type(value) is not float:
                 _check_real(value, f"params[{k}].data", "a real number or a numpy.ndarray")
-        self._values[:] = scalars
+        self._values[:] = values
 
-    def _check_arrays(self) -> None:
-        for k, thing in enumerate(self._objects):
-            if k not in self._views:
-                self._check_array(k, thing)
+    def _push(self) -> None:
+        """Set every number to its value in the optimizer; the arrays are the optimizer's own."""
+        errors: list[BaseException] = []
+        self._write_numbers(self._numbers, errors)
+        if errors:
+            raise errors[0]
 
-    def _check_array(self, k: int, thing: Any) -> None:
-        if thing.data is not self._arrays[k]:
+    def _check_array(self, k: int) -> None:
+        if self._objects[k].data is not self._arrays[k]:
             raise ValueError(
                 f"params[{k}].data must stay the array it was when the optimizer was made,"
                 f" updated in place, got another one"
             )
 
-    def _read_grad(self, k: int, thing: Any) -> npt.NDArray[Any] | None:
-        grad = thing.grad
-        if grad is None:
-            return None
-        view = self._views.get(k)
-        if view is not None:
+    def _read_grads(self) -> list[npt.NDArray[Any] | None]:
+        """Return the gradients as arrays, None where there is none."""
+        grads = [thing.grad for thing in self._objects]
+        slopes = []
+        for k, slope in self._slope_of.items():
+            grad = grads[k]
+            if grad is None:
+                slopes.append(0.0)
+                continue
             if type(grad) is not float:
                 _check_real(grad, f"params[{k}].grad", "a real number or None")
-            view[()] = grad
-            return view
-        self._check_array(k, thing)
-        if isinstance(grad, np.ndarray):
-            return grad
-        # A gradient reset to the number 0, and nothing added to it since.
-        _check_real(grad, f"params[{k}].grad", "a numpy.ndarray, a real number or None")
-        with np.errstate(all="ignore"):  # infinite, if float32 has no such number
-            return np.full_like(self._arrays[k], grad, subok=False)
+            slopes.append(grad)
+            grads[k] = slope
+        self._slopes[:] = slopes
+        for k, array in self._arrays.items():
+            grad = grads[k]
+            if grad is not None:
+                self._check_array(k)
+            if grad is not None and not isinstance(grad, np.ndarray):
+                # A gradient reset to the number 0, and nothing added to it since.
+                _check_real(grad, f"params[{k}].grad", "a numpy.ndarray, a real number or None")
+                with np.errstate(all="ignore"):  # infinite, if float32 has no such number
+                    grads[k] = np.full_like(array, grad, subok=False)
+        return grads
 
     @property
     def step_count(self) -> int:
         """Steps taken so far, without those skipped."""
         return self.optimizer.step_count
 
-    @property
-    def lr(self) -> float:
-        """The learning rate before the schedule; can be set."""
-        return self.optimizer.lr
-
-    @lr.setter
-    def lr(self, lr: float) -> None:
-        self.optimizer.lr = lr
-
-    @property
-    def schedule(self) -> Callable[[int], float] | None:
-        """The factor on ``lr`` as a function of the step, or None; can be set."""
-        return self.optimizer.schedule
-
-    @schedule.setter
-    def schedule(self, schedule: Callable[[int], float] | None) -> None:
-        self.optimizer.schedule = schedule
-
-    @property
-    def max_grad_norm(self) -> float | None:
-        """As `Adam.max_grad_norm`; can be set."""
-        return self.optimizer.max_grad_norm
-
-    @max_grad_norm.setter
-    def max_grad_norm(self, max_grad_norm: float | None) -> None:
-        self.optimizer.max_grad_norm = max_grad_norm
-
-    @property
-    def nonfinite(self) -> Nonfinite:
-        """As `Adam.nonfinite`; can be set."""
-        return self.optimizer.nonfinite
-
-    @nonfinite.setter
-    def nonfinite(self, nonfinite: Nonfinite) -> None:
-        self.optimizer.nonfinite = nonfinite
+    lr = _Forwarded[float]()
+    schedule = _Forwarded[Callable[[int], float] | None]()
+    max_grad_norm = _Forwarded[float | None]()
+    nonfinite = _Forwarded[Nonfinite]()
 
     @property
     def param_groups(self) -> tuple[dict[str, Any], ...]:
@@ -277,7 +272,7 @@ class ObjectAdam:
     def ema_params(self) -> list[Any]:
         """The averages of the objects' ``.data``, floats or live arrays, as `Adam.ema_params`."""
         averages = list(self.optimizer.ema_params)
-        for k in self._scalars:
+        for k in self._numbers:
             averages[k] = float(averages[k])
         return averages
 
@@ -291,13 +286,13 @@ class ObjectAdam:
 
     def _version(self) -> tuple[Any, ...]:
         """Return what is another one after each step and load; raise in the middle of one."""
-        take_turn(self._lock)
+        self._turn()
         return self.optimizer._version()
 
     def _copies(self, memo: Mapping[int, Any]) -> Iterable[tuple[Any, Any]]:
         """Return the objects' values, and what `copy.deepcopy` has made of them."""
         copied = [k for k, thing in enumerate(self._objects) if id(thing) in memo]
-        kind = [float if k in self._views else np.asarray for k in copied]
+        kind = [float if k in self._numbers else np.asarray for k in copied]
         pairs = [(self._objects[k], memo[id(self._objects[k])]) for k in copied]
         return [
             (make(thing.data), make(twin.data))
@@ -325,6 +320,11 @@ class ObjectAdam:
 
     def __repr__(self) -> str:
         return f"from_objects({self.optimizer!r})"
+
+
+def _each(array: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+    """Return the elements of an array as arrays without dimensions, over the same memory."""
+    return [array[k : k + 1].reshape(()) for k in range(array.size)]
 
 
 def _check_real(value: Any, label: str, rule: str) -> None:

@@ -38,6 +38,17 @@ class CheckpointError(ValueError):
     """
 
 
+def checked_path(path: Any) -> Path:
+    """Return what `save` and `load` are given first as a Path, or raise TypeError."""
+    try:
+        return Path(path)
+    except TypeError:
+        swapped = hasattr(type(path), "load_state_dict")
+        hint = "; it comes first, then the optimizer" if swapped else ""
+        kind = type(path).__qualname__
+        raise TypeError(f"path must be str or os.PathLike, got {kind}{hint}") from None
+
+
 def need_safetensors() -> Any:
     """Return the package, or say how to get it.
 

@@ -9,12 +9,11 @@ import numpy as np
 from ..state.param_state import ParamState
 from ..state.roles import PARAM
 from ..state.state_dict import group_mismatches, import_options
+from .description import Checkpoint, Key, checked_key
 
 if TYPE_CHECKING:
     from ..adam import Adam
-    from ..checkpoint import Checkpoint
 
-Key: TypeAlias = int | str
 Rename: TypeAlias = Mapping[Any, Any] | Callable[[Any], Any] | None
 
 
@@ -38,7 +37,7 @@ class Fit:
 
     def __init__(
         self,
-        checkpoint: "Checkpoint",
+        checkpoint: Checkpoint,
         opt: "Adam",
         rename: Rename,
         *,
@@ -48,6 +47,7 @@ class Fit:
         partial: bool,
     ) -> None:
         self._file, self._opt, self._partial = checkpoint, opt, partial
+        self._contents = opt._contents()
         self.wrong: list[str] = []
         self.hint = ""
         self.tensors: list[tuple[Any, str]] = []
@@ -59,7 +59,7 @@ class Fit:
             self.wrong.append("the file has no parameters: load with params=False")
         if state:
             self._check_kinds()
-        states = [s for s in opt._groups.states if s.key in self.keys]
+        states = [s for s in self._contents.states if s.key in self.keys]
         for each in states:
             self._take(each, params, state)
         if hyperparameters:
@@ -75,7 +75,7 @@ class Fit:
         twice = [key for key, count in Counter(kept.values()).items() if count > 1]
         self._note(twice, "rename makes {} of several parameters")
         found = {new: key for key, new in kept.items()}
-        own = [state.key for state in self._opt._groups.states]
+        own = [state.key for state in self._contents.states]
         missing = [key for key in own if key not in found]
         known = set(own)
         unknown = [key for key in found if key not in known]
@@ -132,7 +132,7 @@ class Fit:
             {**group, "params": [places[key] for key in group["params"] if key in places]}
             for group in self._file.param_groups
         ]
-        states, own = self._opt._groups.states, self._opt._groups.options
+        states, own = self._contents.states, self._contents.options
         if not self.hint or len(groups) != len(own):  # else it is told already
             self.wrong += group_mismatches(groups, states, len(own))
         if not self.wrong:
@@ -151,13 +151,6 @@ class Fit:
             self.wrong.append(text)
         if file.ema_decay != opt.ema_decay and None not in (file.ema_decay, opt.ema_decay):
             self.wrong.append(f"ema_decay is {file.ema_decay} in the file, not {opt.ema_decay}")
-
-
-def checked_key(key: Any) -> Key:
-    """Return what may be a parameter's name or place, or raise TypeError."""
-    if isinstance(key, bool) or not isinstance(key, int | str):
-        raise TypeError(f"a parameter's name must be str, or int for a place, got {key!r:.60}")
-    return key
 
 
 def _called(key: Any) -> str:

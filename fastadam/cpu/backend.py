@@ -1,7 +1,6 @@
 """The backend of NumPy arrays: what `backends.Backend` asks for."""
 
-from collections.abc import Iterator, Sequence
-from itertools import repeat
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,6 @@ import numpy.typing as npt
 
 from ..params.arrays import address, check_param
 from ..params.groups import Groups
-from ..runtime import emptying
 from ..state.param_state import ParamState
 from ..state.storage import allocate
 from ..update.rows import Rows
@@ -25,7 +23,6 @@ __all__ = [
     "make_stepper",
     "take_param",
     "to_host",
-    "writing",
 ]
 
 
@@ -55,11 +52,6 @@ def take_param(array: Any, label: str) -> npt.NDArray[Any]:
 def assign(target: npt.NDArray[Any], source: Any) -> None:
     """Write what another array holds."""
     target[...] = source
-
-
-def writing(targets: list[npt.NDArray[Any]], sources: list[Any]) -> Iterator[tuple[Any, ...]]:
-    """Return calls, of functions in C, that write other arrays; each source is then let go."""
-    return zip(repeat(np.ndarray.__setitem__), targets, repeat(...), emptying(sources))
 
 
 def to_host(array: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -97,14 +97,6 @@ class Stepper:
     def steps(self, steps: npt.NDArray[np.int64]) -> None:
         self._rows.table[:, layout.STEP] = steps
 
-    def counting(self, steps: npt.NDArray[np.int64], step_count: int) -> list[tuple[Any, ...]]:
-        """Return calls, of functions in C, that set all counts of steps."""
-        write = np.ndarray.__setitem__
-        return [
-            (write, self._rows.table[:, layout.STEP], ..., steps),
-            (write, self.step_count, 0, step_count),
-        ]
-
     def _update_kernels(self, zero_grad: bool) -> list[Any]:
         """Return the update kernel for each dtype."""
         updates = self._updates.get(zero_grad)

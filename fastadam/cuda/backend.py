@@ -23,7 +23,6 @@ __all__ = [
     "make_stepper",
     "take_param",
     "to_host",
-    "writing",
 ]
 
 
@@ -57,11 +56,6 @@ def assign(target: DeviceArray, source: Any) -> None:
     else:
         places = target.address, source.address
         launch.at_once(target.device, launch.copy, *places, target.nbytes)
-
-
-def writing(targets: list[DeviceArray], sources: list[Any]) -> list[tuple[Any, ...]]:
-    """Return calls that write other arrays."""
-    return [(assign, *pair) for pair in zip(targets, sources, strict=True)]
 
 
 def to_host(array: Any) -> npt.NDArray[Any]:

@@ -101,13 +101,6 @@ class Stepper:
     def steps(self, steps: npt.NDArray[np.int64]) -> None:
         self._tables.steps = steps
 
-    def counting(self, steps: npt.NDArray[np.int64], step_count: int) -> list[tuple[Any, ...]]:
-        """Return calls that set all counts of steps."""
-        return [
-            (setattr, self, "steps", steps),
-            (operator.setitem, self.step_count, 0, step_count),
-        ]
-
     def choose_kernels(self) -> None:
         """Do nothing: the driver itself refuses to work in a forked child."""
 

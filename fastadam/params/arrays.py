@@ -134,7 +134,7 @@ def hint(thing: Any) -> str:
     if hasattr(type(thing), "named_parameters"):
         return _TORCH
     kind = kind_of(thing)
-    if kind == "fastadam.torch.CPUParams":
+    if kind.startswith("fastadam.torch.") and kind.endswith(".CPUParams"):
         return "; give its .arrays"
     return _HINTS.get(kind.partition(".")[0], "")
 

@@ -1,6 +1,6 @@
 """``state_dict``: what it holds, and whether one fits an optimizer."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import index
 from typing import Any
@@ -23,8 +23,6 @@ class LoadedState:
     # Of each group, and of the optimizer by the names of its attributes.
     options: list[dict[str, Any]]
     settings: dict[str, Any] = field(default_factory=dict)
-    # Returns what else to call, as function and arguments.
-    calls: Callable[[], Iterable[tuple[Any, ...]]] = tuple
 
 
 def export_state(

@@ -8,13 +8,12 @@ import subprocess
 import sys
 import textwrap
 import threading
-import weakref
 
 import numpy as np
 import pytest
 
 import fastadam
-from fastadam.runtime import emptying, in_one_go, undisturbed
+from fastadam.runtime import undisturbed
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
@@ -140,22 +139,6 @@ def test_other_threads_put_nothing_off(handlers):
     thread.start()
     thread.join()
     assert seen == [handlers[1]]
-
-
-def test_a_source_is_let_go_as_it_is_taken():
-    class Source:
-        pass
-
-    sources = [Source() for _ in range(3)]
-    alive = [weakref.ref(source) for source in sources]
-    taken = emptying(sources)
-    counts = []
-
-    def take(_):
-        counts.append(sum(ref() is not None for ref in alive))
-
-    in_one_go(zip([take] * 3, taken, strict=False))
-    assert counts == [3, 2, 1]
 
 
 @pytest.mark.full

@@ -541,8 +541,13 @@ def at_every_call(function):
 
     Before the body of a Python function and after the call of a C function, Python handles
     signals: this is every such moment in the package, but for those in loops and kernels.
-    Yields after each interrupt.
+    By a signal, whose handler may be put off. Yields after each interrupt.
     """
+
+    def interrupt(_signal, _frame):
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGALRM, interrupt)
     moment = 0
     while True:
         left = moment = moment + 1
@@ -554,7 +559,7 @@ def at_every_call(function):
                     return
                 left -= 1
                 if left == 0:
-                    raise KeyboardInterrupt
+                    signal.raise_signal(signal.SIGALRM)
 
         try:
             sys.setprofile(trace)

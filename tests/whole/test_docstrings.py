@@ -9,7 +9,8 @@ import pytest
 import fastadam
 from fastadam import schedules
 
-MODULES = ["adam", "checkpoint", "schedules", "objects", "schedules.exact", "update.formula"]
+MODULES = ["adam", "checkpoint.loading", "checkpoint.saving", "compiling", "objects", "schedules"]
+MODULES += ["schedules.exact", "update.formula"]
 PUBLIC = [
     *(
         getattr(fastadam, name)
@@ -23,7 +24,7 @@ PUBLIC = [
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples(name, optional):
-    if name == "checkpoint":
+    if name.startswith("checkpoint."):
         optional("safetensors")
     module = importlib.import_module(f"fastadam.{name}")
     failed, _ = doctest.testmod(module)

@@ -24,10 +24,11 @@ MAY_IMPORT = {
     "schedules": ["params"],
     "adam": CORE,
     "functional": CORE,
+    "adapter": ["adam"],
     # One door to each ecosystem; none knows another.
-    "checkpoint": [*CORE, *FACADES, "version"],
-    "compiling": [*CORE, "adam"],
-    "objects": [*CORE, "adam"],
+    "checkpoint": [*CORE, *FACADES, "adapter", "version"],
+    "compiling": [*CORE, "adam", "adapter"],
+    "objects": [*CORE, "adam", "adapter"],
     "torch": [*CORE, "adam", "functional"],
     "demo": ["", *FACADES, "checkpoint"],
     "machine": ["", *CORE, *FACADES],
@@ -35,7 +36,7 @@ MAY_IMPORT = {
     "cli": ["", *CORE, *FACADES, "checkpoint", "demo", "machine", "bench"],
     "__main__": ["cli"],
     # The public names.
-    "": [*CORE, *FACADES, "checkpoint", "compiling", "objects", "torch", "version"],
+    "": [*CORE, *FACADES, "adapter", "checkpoint", "compiling", "objects", "torch", "version"],
 }
 
 
