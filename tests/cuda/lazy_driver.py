@@ -14,7 +14,7 @@ from collections import deque
 
 import numpy as np
 from cuda.bindings import driver as real
-from ptx import KernelError, Memory
+from ptx_memory import KernelError, Memory
 
 RESULTS = real.CUresult
 GLOBAL = int(real.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL)
