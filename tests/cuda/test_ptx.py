@@ -134,7 +134,7 @@ def attempt(opt, grads):
 for dtype, dtypes in DTYPES.items():
     for nonfinite in ("skip", "raise", "propagate"):
         for bad in (math.nan, math.inf, -math.inf):
-            everywhere = nonfinite == "skip" and bad != -math.inf
+            everywhere = nonfinite == "skip" and math.isnan(bad)
             case(
                 f"{bad} {nonfinite} {dtype}",
                 functools.partial(
@@ -246,7 +246,7 @@ for dtype in ("f4", "f8"):
     case(f"large step counts {dtype}", run, sample=dtype == "f8")
 
 for mode in ("everything", "schedule"):
-    case(f"a hundred steps {mode}", runs(("f4", "f8"), mode, 100, 50, ((5,), [9])))
+    case(f"fifty steps {mode}", runs(("f4", "f8"), mode, 50, 25, ((5,), [9])))
 
 
 def groups(lib):

@@ -208,7 +208,7 @@ def test_two_optimizers_in_two_threads(lib):
     fastadam.compile(pairs[0][1])  # that they may meet in a step, not in the compiler
 
     def run(k):
-        for _ in range(15):
+        for _ in range(8):
             pairs[k][1].step(sets[k].owned_grads)
 
     threads = [threading.Thread(target=run, args=(k,)) for k in range(2)]
@@ -217,7 +217,7 @@ def test_two_optimizers_in_two_threads(lib):
     for thread in threads:
         thread.join()
     for twins, (host, device) in zip(sets, pairs, strict=True):
-        for _ in range(15):
+        for _ in range(8):
             host.step(twins.grads)
         twins.check(host, device)
 
