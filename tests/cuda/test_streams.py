@@ -328,20 +328,21 @@ def test_a_graph_goes_on_after_a_first_step_was_captured(lib):
     twins.check(host, device)
 
 
-def test_what_a_capture_does_not_forbid(driver, lib):
-    """Another optimizer may step on its own stream, and be dropped."""
+@pytest.mark.parametrize("options", [{}, LIMITED], ids=["plain", "limited"])
+def test_what_a_capture_does_not_forbid(driver, lib, options):
+    """Another optimizer may step on its own stream, tell what it has done, and be dropped."""
     other = Arrays(driver, lib.call("cuStreamCreate", 1))
     captured, free = Twins(lib, ("f4",), ((9,),)), Twins(other, ("f4",), ((9,),))
     device = fastadam.Adam(captured.owners)
-    host, beside = pair(free)
-    beside.step(free.owned_grads)
+    host, beside = pair(free, **options)
+    told = [beside.step(free.owned_grads)]
     with Graph(lib):
         device.step(captured.owned_grads)
-        beside.step(free.owned_grads)
+        told.append(beside.step(free.owned_grads))
+        assert [repr(each) for each in told] == [repr(host.step(free.grads)) for _ in told]
+        told.clear()
         del beside
         gc.collect()
-    for _ in range(2):
-        host.step(free.grads)
     assert bits(free.params[0]) == bits(other.get(free.owners[0]))
 
 
