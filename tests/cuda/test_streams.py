@@ -202,6 +202,25 @@ def test_each_call_in_another_thread(lib):
     in_a_thread(lambda: twins.check(host, device))
 
 
+def test_the_count_can_be_asked_for_in_any_thread(lib):
+    twins = Twins(lib, ("f4",), ((1,),))
+    device, done = fastadam.Adam(twins.owners, **LIMITED), threading.Event()
+    counts = []
+
+    def ask():
+        while not done.is_set():
+            counts.append(device.step_count)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    for _ in range(8):
+        device.step(twins.owned_grads)
+    done.set()
+    thread.join()
+    assert device.step_count == 8
+    assert counts == sorted(counts)
+
+
 def test_two_optimizers_in_two_threads(lib):
     sets = [Twins(lib, ("f4",), ((300,),), seed=seed) for seed in (1, 2)]
     pairs = [tuple(pair(twins, **LIMITED)) for twins in sets]
@@ -290,13 +309,18 @@ def test_graph(lib, options, also, mode):
     twins = Twins(lib, ("f4", "f8"), ((5,), (700,)))
     host, device = pair(twins, **options)
 
-    def eager_step():
+    def eager_step(absent=()):
         twins.fill(twins.draw())
-        return repr(host.step(twins.grads, **also)) == repr(device.step(twins.owned_grads, **also))
+        mine, theirs = (
+            [None if k in absent else grad for k, grad in enumerate(grads)]
+            for grads in (twins.grads, twins.owned_grads)
+        )
+        assert repr(host.step(mine, **also)) == repr(device.step(theirs, **also))
 
-    assert eager_step()
+    eager_step()
     with Graph(lib, mode) as graph:
         result = device.step(twins.owned_grads, **also)
+    assert device.step_count == 1
     for replay in range(5):
         drawn = twins.draw()
         if options and replay == 3:
@@ -304,14 +328,18 @@ def test_graph(lib, options, also, mode):
         twins.fill(drawn)
         if replay == 2:
             host.lr = device.lr = 0.5
-        told = host.step(twins.grads, **also)
-        device.prepare_replay()
+        told = host.step(twins.grads, grad_scale=2.0, **also)
+        device.prepare_replay(grad_scale=2.0)
         graph.replay()
-        if options and replay % 2:  # the others are not waited for
+        if replay % 2:  # the others are not waited for
+            assert device.step_count == host.step_count
+        if options and replay % 2:
             assert repr(result.grad_norm) == repr(told.grad_norm)
             assert (result.step, result.skipped) == (told.step, told.skipped)
         if replay == 1:
-            assert eager_step()
+            eager_step(absent={1})
+    twins.check(host, device)
+    eager_step(absent={0})
     twins.check(host, device)
 
 
@@ -365,22 +393,42 @@ def test_what_a_graph_cannot_be(driver, lib):
     host, device = pair(twins, nonfinite="raise")
     with pytest.raises(RuntimeError, match="prepare_replay needs a step in a CUDA graph, got non"):
         device.prepare_replay()
-    with Graph(lib), pytest.raises(RuntimeError, match="nonfinite='raise' waits for the device"):
-        device.step(twins.owned_grads)
+    with pytest.raises(RuntimeError, match="needs parameters on a CUDA device, got NumPy arrays"):
+        host.prepare_replay()
+
+    def refused(grads, message):
+        launched = len(driver.launched)
+        with Graph(lib), pytest.raises(RuntimeError, match=message):
+            device.step(grads)
+        assert len(driver.launched) == launched
+
+    refused(twins.owned_grads, "nonfinite='raise' waits for the device")
     device.nonfinite = host.nonfinite = "propagate"
     others = Twins(Arrays(driver, lib.call("cuStreamCreate", 1)), ("f4",), ((9,),)).owned_grads
-    with Graph(lib), pytest.raises(RuntimeError, match="whose libraries work on the one stream"):
-        device.step(others)
+    refused(
+        others, "a step in a CUDA graph needs parameters and gradients whose libraries work on"
+    )
     with Graph(lib) as graph:
         device.step(twins.owned_grads)
-    others = twins.make(twins.grads)[1]
-    with Graph(lib), pytest.raises(RuntimeError, match="gradients must lie, for every CUDA graph"):
-        device.step(others)
+    refused(twins.make(twins.grads)[1], "gradients must lie, for every CUDA graph")
     device.max_grad_norm = 1.0
     with pytest.raises(RuntimeError, match="must be on or off as when the CUDA graph was captur"):
         device.prepare_replay()
     device.max_grad_norm = None
+    assert device.step_count == 0
     device.prepare_replay()
+    graph.replay()
+    host.step(twins.grads)
+    twins.check(host, device)
+
+
+def test_a_graph_of_gradients_that_name_no_stream(lib):
+    """Eager steps wait for the default stream, where they may be in use; a graph need not."""
+    twins = Twins(lib, ("f4",), ((9,),))
+    host, device = pair(twins)
+    grads = [Array(owner.array) for owner in twins.owned_grads]
+    with Graph(lib) as graph:
+        device.step(grads)
     graph.replay()
     host.step(twins.grads)
     twins.check(host, device)
