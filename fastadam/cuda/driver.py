@@ -242,13 +242,17 @@ class Event:
         """Return a call that does so, and in which no signal is acted on."""
         return functools.partial(binding.cuEventRecord, self._event, stream)
 
+    # To ask or to wait is refused, and spoils the graph, while any stream is captured.
+
     def is_past(self) -> bool:
         """Whether the point has been reached."""
-        (error,) = binding.cuEventQuery(self._event)
-        if error not in (SUCCESS, binding.CUresult.CUDA_ERROR_NOT_READY):
-            driver.cuEventQuery(self._event)  # raises
+        with relaxed():
+            (error,) = binding.cuEventQuery(self._event)
+            if error not in (SUCCESS, binding.CUresult.CUDA_ERROR_NOT_READY):
+                driver.cuEventQuery(self._event)  # raises
         return bool(error == SUCCESS)
 
     def wait(self) -> None:
         """Wait until it has been."""
-        driver.cuEventSynchronize(self._event)
+        with relaxed():
+            driver.cuEventSynchronize(self._event)

@@ -1,8 +1,8 @@
 """A CUDA driver of our own, for tests without a GPU: its streams do nothing until someone waits.
 
-Whoever reads, changes or frees memory too early, or forgets to let one stream wait for
-another, is then found out. Kernels are run by `ptx`. `in_place` puts such a driver below
-fastadam, `libcuda` puts one below numba-cuda and everyone else.
+So a test fails if memory is read, changed or freed too early, or if one stream does not wait
+for another. Kernels are run by `ptx`. `in_place` puts such a driver below fastadam, and
+`libcuda_driver` puts one below numba-cuda and all other libraries.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ from collections import deque
 
 import numpy as np
 from cuda.bindings import driver as real
-from ptx import KernelError, Memory
+from ptx_memory import KernelError, Memory
 
 RESULTS = real.CUresult
 GLOBAL = int(real.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL)
@@ -294,6 +294,7 @@ class Driver:
 
     def launch(self, program, blocks, threads, arguments, stream):
         """Start one."""
-        self.launched.append(program)
         run = functools.partial(program.launch, self.memory, blocks, threads, arguments)
-        self._submit(stream, run)
+        with self.lock:
+            self.launched.append(program)
+            self._submit(stream, run)

@@ -1,8 +1,9 @@
-"""A libcuda of our own: numba-cuda, cuda.core and fastadam believe in it, and work.
+"""A libcuda of our own, with which numba-cuda, cuda.core and fastadam work as with NVIDIA's.
 
 A plugin of pytest, for a process of its own: ``pytest -p libcuda_driver``. The library is a few
-lines of C that hand out functions of a `lazy_driver.Driver`; it is loaded before anyone asks
-the system for a driver. What numba-cuda would link to machine code, it links to PTX here.
+lines of C, which return functions of a `lazy_driver.Driver` by name. It is loaded before
+anything asks the system for a driver. What numba-cuda would link to machine code, it links to
+PTX here.
 """
 
 import ctypes

@@ -1,8 +1,8 @@
 """Runs PTX on the host, bit by bit as a device would: for tests without a GPU.
 
 `Program` takes the text that numba-cuda has compiled a kernel to, and executes it over a
-`Memory`. All threads of several blocks are the elements of NumPy arrays; those that stand at
-the same instruction go on together, the ones furthest behind first.
+`ptx_memory.Memory`. All threads of several blocks are the elements of NumPy arrays; those that
+stand at the same instruction go on together, the ones furthest behind first.
 
 What is checked:
 
@@ -21,10 +21,10 @@ import ctypes
 import operator
 import re
 import sys
-from types import SimpleNamespace
 
 import numba
 import numpy as np
+from ptx_memory import WORD, KernelError, Memory
 
 TYPES = {
     f"{kind}{bits}": np.dtype(f"{code}{bits // 8}")
@@ -32,7 +32,6 @@ TYPES = {
     for bits in (32, 64)
 } | {"pred": np.dtype(bool)}
 BOOL, U32, U64 = TYPES["pred"], TYPES["u32"], TYPES["u64"]
-WORD = 4  # bytes: the smallest access
 RUBBISH = 0xA5A5_A5A5_A5A5_A5A5
 # Threads that are run at a time: so many blocks as have as many.
 MOST_THREADS = 8192
@@ -40,10 +39,6 @@ MOST_THREADS = 8192
 
 class UnknownPTXError(Exception):
     """A text that has no meaning here."""
-
-
-class KernelError(Exception):
-    """Something that a kernel must not do."""
 
 
 # Arithmetic.
@@ -70,9 +65,12 @@ def divide(a, b):
     return quotient + ((a % b != 0) & ((a < 0) != (b < 0))).astype(a.dtype)
 
 
+def wider(dtype):
+    return np.dtype(f"{dtype.kind}{2 * dtype.itemsize}")
+
+
 def multiply_wide(a, b):
-    wide = np.dtype(f"{a.dtype.kind}{2 * a.dtype.itemsize}")
-    return a.astype(wide) * b.astype(wide)
+    return a.astype(wider(a.dtype)) * b.astype(wider(b.dtype))
 
 
 def shift_left(a, by):
@@ -136,116 +134,7 @@ def meaning(name, words, count):
         return target, [dtype], conversion(modifiers, target, dtype)
     function = (FLOATS if dtype.kind == "f" else INTEGERS)[".".join([name, *modifiers])]
     types = [dtype, U32] if name in ("shl", "shr") else [dtype] * count
-    wide = np.dtype(f"{dtype.kind}{dtype.itemsize * (1 + ('wide' in modifiers))}")
-    return wide if "wide" in modifiers else dtype, types, function
-
-
-# Memory.
-
-
-class Memory:
-    """Bytes at addresses of this process, of which kernels may use what has been handed out.
-
-    Parameters
-    ----------
-    size : int
-        In bytes.
-    share : int, optional
-        Of shared memory: the bytes of each block, which have addresses from 0.
-    """
-
-    LINE = 128
-
-    def __init__(self, size, share=0):
-        words = -(-size // WORD)
-        buffer = np.full(words + self.LINE // WORD, RUBBISH & 0xFFFF_FFFF, np.uint32)
-        skip = -buffer.ctypes.data % self.LINE // WORD
-        self.words, self.share = buffer[skip : skip + words], share
-        self.base, self.end = self.words.ctypes.data, self.LINE
-        self.owned = np.full(words, bool(share))
-        self.sizes = {}
-        # Who has written each word last: in an interval that is counted, and its number there.
-        self.writers, self.interval, self.log = np.zeros(words, np.int64), 0, []
-
-    def take(self, size):
-        """Return the address of so many bytes, a line of the cache away from all others."""
-        length, wrapped = (-(-size // self.LINE) + 1) * self.LINE, False
-        while True:
-            if self.end + length <= self.words.nbytes:
-                others = np.flatnonzero(self.owned[self.end // WORD : (self.end + length) // WORD])
-                if not others.size:
-                    break
-                self.end += -(-int(others[-1] + 2) * WORD // self.LINE) * self.LINE
-            elif wrapped:
-                raise MemoryError("no memory is left")
-            else:  # what has been freed is used again, as late as possible
-                self.end, wrapped = self.LINE, True
-        address = self.base + self.end
-        self.end += length
-        self.sizes[address] = size
-        self._mark(address, True)
-        return address
-
-    def free(self, address):
-        """Take bytes back; whoever reads them finds rubbish."""
-        place, size = self._mark(address, False), self.sizes.pop(address)
-        self.words[place // WORD : -(-(place + size) // WORD)] = RUBBISH & 0xFFFF_FFFF
-
-    def _mark(self, address, owned):
-        place = address - self.base
-        self.owned[place // WORD : -(-(place + self.sizes[address]) // WORD)] = owned
-        return place
-
-    def __contains__(self, address):
-        return self.base <= address < self.base + self.words.nbytes
-
-    def check(self, address, size):
-        """Raise unless all of these bytes have been handed out."""
-        place = address - self.base
-        if address not in self or not self.owned[place // WORD : -(-(place + size) // WORD)].all():
-            raise KernelError(f"{size} bytes at {address:#x}, which nobody has")
-
-    def view(self, address, shape, dtype, order="C"):
-        """Return an array over memory that has been taken."""
-        place, size = address - self.base, int(np.prod(shape)) * np.dtype(dtype).itemsize
-        raw = self.words.view(np.uint8)[place : place + size]
-        return raw.view(dtype).reshape(shape, order=order)
-
-    def _find(self, addresses, width, blocks):
-        """Return the words of accesses of so many bytes, one row for each thread."""
-        if np.any(addresses % U64.type(width)):
-            raise KernelError(f"a misaligned access of {width} bytes")
-        places = addresses if self.share else addresses - U64.type(self.base)
-        if np.any(places >= (self.share or self.words.nbytes)):
-            raise KernelError("an access out of bounds")
-        places = (places // U64.type(WORD)).astype(np.int64) + blocks * (self.share // WORD)
-        words = places[:, None] + np.arange(width // WORD)
-        if not self.owned[words].all():
-            raise KernelError("an access to memory that nobody has")
-        return words
-
-    def load(self, addresses, width, at):
-        words = self._find(addresses, width, at.blocks)
-        self.log.append((words, at.threads, False))
-        return self.words[words]
-
-    def store(self, addresses, values, at):
-        words = self._find(addresses, values.shape[1] * WORD, at.blocks)
-        self.log.append((words, at.threads, True))
-        self.words[words] = values
-
-    def refuse_races(self, log, each, whose):
-        """Raise if of two at a word, one has written; ``each`` is how many threads they are."""
-        self.interval += 1
-        log = [(words, (self.interval << 32) + threads[:, None] // each, writes)
-               for words, threads, writes in log]  # fmt: skip
-        for words, mine, writes in log:
-            if writes:
-                self.writers[words] = mine
-        for words, mine, _ in log:
-            writers = self.writers[words]
-            if np.any((writers >> 32 == self.interval) & (writers != mine)):
-                raise KernelError(f"a race of {whose}")
+    return wider(dtype) if modifiers == ["wide"] else dtype, types, function
 
 
 # Programs.
@@ -263,6 +152,11 @@ class Instruction:
         self.negated, self.words = bool(negated), dotted.split(".")[1:]
         self.operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", operands)
         self.run = None
+
+
+def names_in(operand):
+    """Return the parts of an operand in braces, or the operand."""
+    return [name.strip() for name in operand.strip("{}").split(",")]
 
 
 class Program:
@@ -291,8 +185,7 @@ class Program:
         self.params = re.findall(r"\.param\s+\.u64\s+(\w+)", params)
         if len(self.params) != params.count(".param"):
             raise UnknownPTXError("arguments that are not 64 bits wide")
-        most = re.search(r"\.maxntid\s+(\d+)", bounds)
-        self.most_threads = int(most[1]) if most else 1024
+        (self.most_threads,) = map(int, re.findall(r"\.maxntid\s+(\d+)", bounds) or [1024])
         self.shared_size, self.symbols = 0, {}
         for symbol, size in re.findall(r"\.shared\s+\.align\s+8\s+\.b8\s+(\w+)\[(\d+)\]", text):
             self.symbols[symbol], self.shared_size = self.shared_size, self.shared_size + int(size)
@@ -315,35 +208,52 @@ class Program:
                 instruction.run = self._decode(instruction)
         refuse_fusions(self.code)
 
-    # Of an operand, a function of a batch of blocks and of the threads that are meant.
+    # Of an operand, a function of a batch of blocks and of the threads that are meant. Two
+    # registers in braces are the halves of 64 bits.
 
-    def _type_of(self, register):
+    def type_of(self, register):
         return self.declared[re.fullmatch(r"%([a-z]+)\d*", register)[1]]
 
+    def _type_as(self, register, dtype):
+        """Return the type that a register is kept as, if it can be used as another."""
+        own = self.type_of(register)
+        if own.itemsize != dtype.itemsize or (own == BOOL) != (dtype == BOOL):
+            raise UnknownPTXError(f"{register} as {dtype}")
+        return own
+
     def _source(self, operand, dtype):
+        if operand in ("%tid.x", "%ntid.x", "%ctaid.x"):
+            return lambda batch, lanes: batch.special[operand][lanes].view(dtype)
+        if operand.startswith("{"):
+            low, high = (self._source(half, U32) for half in names_in(operand))
+            return lambda *at: high(*at).astype(U64) << U64.type(32) | low(*at).astype(U64)
         if operand.startswith("%"):
-            if operand in ("%tid.x", "%ntid.x", "%ctaid.x"):
-                return lambda batch, lanes: batch.special[operand][lanes].view(dtype)
-            own = self._type_of(operand)
-            if own.itemsize != dtype.itemsize or (own == BOOL) != (dtype == BOOL):
-                raise UnknownPTXError(f"{operand} as {dtype}")
-            return lambda batch, lanes: batch.registers(operand)[lanes].view(dtype)
+            self._type_as(operand, dtype)
+            return lambda batch, lanes: batch.register(operand)[lanes].view(dtype)
         if operand in self.symbols:
-            value = dtype.type(self.symbols[operand])
-        else:  # a float is written as its bits
-            raw = np.dtype(f"u{dtype.itemsize}")
-            found = re.fullmatch(f"0{dtype.char}([0-9A-F]+)", operand) if dtype.kind == "f" else ""
-            number = int(operand) % (1 << 8 * raw.itemsize) if found == "" else int(found[1], 16)
-            value = dtype.type(number) if dtype == BOOL else raw.type(number).view(dtype)
+            number = self.symbols[operand]
+        elif dtype.kind == "f":  # its bits
+            number = int(re.fullmatch(f"0{dtype.char}([0-9A-F]+)", operand)[1], 16)
+        else:
+            number = int(operand) % (1 << 8 * dtype.itemsize)
+        value = np.dtype(f"u{dtype.itemsize}").type(number)
+        value = value.astype(BOOL) if dtype == BOOL else value.view(dtype)
         return lambda *_: value
 
     def _target(self, operand, dtype):
-        own = self._type_of(operand)
-        if own.itemsize != dtype.itemsize or (own == BOOL) != (dtype == BOOL):
-            raise UnknownPTXError(f"{dtype} to {operand}")
+        if operand.startswith("{"):
+            low, high = (self._target(half, U32) for half in names_in(operand))
+
+            def split(batch, lanes, value):
+                low(batch, lanes, value.astype(U32))
+                high(batch, lanes, (value >> U64.type(32)).astype(U32))
+
+            return split
+        own = self._type_as(operand, dtype)
 
         def write(batch, lanes, value):
-            batch.registers(operand)[lanes] = value.astype(dtype, copy=False).view(own)
+            assert value.dtype == dtype
+            batch.register(operand)[lanes] = value.view(own)
 
         return write
 
@@ -366,33 +276,6 @@ class Program:
 
         return run
 
-    def _decode_mov(self, i):
-        """Also of two halves to a whole, and back."""
-        target, source = i.operands
-        if "{" not in i.text:
-            return self._decode_plain(i)
-        (kind,) = i.words
-        if kind != "b64":
-            raise UnknownPTXError("halves")
-        if source.startswith("{"):
-            halves = [half.strip() for half in source.strip("{}").split(",")]
-            write, low, high = self._target(target, U64), *(self._source(h, U32) for h in halves)
-
-            def join(batch, lanes):
-                whole = high(batch, lanes).astype(U64) << U64.type(32)
-                write(batch, lanes, whole | low(batch, lanes).astype(U64))
-
-            return join
-        halves = [half.strip() for half in target.strip("{}").split(",")]
-        read, low, high = self._source(source, U64), *(self._target(h, U32) for h in halves)
-
-        def split(batch, lanes):
-            whole = read(batch, lanes)
-            low(batch, lanes, whole.astype(U32))
-            high(batch, lanes, (whole >> U64.type(32)).astype(U32))
-
-        return split
-
     def _decode_nanosleep(self, i):
         if i.words != ["u32"]:
             raise UnknownPTXError(i.text)
@@ -401,20 +284,16 @@ class Program:
     def _decode_ld(self, i):
         space, *modifiers, kind = i.words
         target, place = i.operands
-        if space == "param":
-            if modifiers or kind not in ("u32", "u64"):
-                raise UnknownPTXError("parameter")
-            write, index = self._target(target, TYPES[kind]), self.params.index(place.strip("[]"))
-            mask = (1 << 8 * TYPES[kind].itemsize) - 1  # the lower half comes first
-            return lambda batch, lanes: write(
-                batch, lanes, TYPES[kind].type(batch.arguments[index] & mask)
-            )
+        if space == "param" and not modifiers:
+            dtype, index = TYPES[kind], self.params.index(place.strip("[]"))
+            write = self._target(target, dtype)  # of a wider argument, the lower half
+            return lambda batch, lanes: write(batch, lanes, batch.arguments[index].astype(dtype))
         names, dtype, find = self._access(space, modifiers, kind, target, place)
         writes = [self._target(name, dtype) for name in names]
 
         def load(batch, lanes):
-            memory, addresses, at = find(batch, lanes)
-            words = memory.load(addresses, len(names) * dtype.itemsize, at).view(dtype)
+            memory, addresses, *at = find(batch, lanes)
+            words = memory.load(addresses, len(names) * dtype.itemsize, *at).view(dtype)
             for k, write in enumerate(writes):
                 write(batch, lanes, words[:, k])
 
@@ -427,18 +306,18 @@ class Program:
         reads = [self._source(name, dtype) for name in names]
 
         def store(batch, lanes):
-            memory, addresses, at = find(batch, lanes)
+            memory, addresses, *at = find(batch, lanes)
             values = np.empty((addresses.size, len(names)), dtype)
             for k, read in enumerate(reads):
                 values[:, k] = read(batch, lanes)
-            memory.store(addresses, values.view(np.uint32), at)
+            memory.store(addresses, values.view(np.uint32), *at)
 
         return store
 
     def _access(self, space, modifiers, kind, value, place):
         """Return the registers, their type, and what finds memory, addresses and threads."""
         count = {"": 1, "v2": 2, "v4": 4}[".".join(modifiers)]
-        names = [name.strip() for name in value.strip("{}").split(",")]
+        names = names_in(value)
         base, offset = re.fullmatch(r"\[([%\w]+)(?:\+(-?\d+))?\]", place).groups("0")
         if space not in ("global", "shared") or len(names) != count:
             raise UnknownPTXError("access")
@@ -448,7 +327,7 @@ class Program:
             threads = batch.threads[lanes]
             addresses = np.broadcast_to(base(batch, lanes) + offset, threads.shape)
             memory = batch.memory if space == "global" else batch.shared
-            return memory, addresses, SimpleNamespace(threads=threads, blocks=batch.blocks[lanes])
+            return memory, addresses, threads, batch.blocks[lanes]
 
         return names, TYPES[kind], find
 
@@ -460,13 +339,11 @@ class Program:
             raise KernelError(f"{blocks} blocks of {threads} threads")
         if len(arguments) != len(self.params):
             raise KernelError(f"{len(arguments)} arguments")
-        most = max(1, MOST_THREADS // threads)
-        log = []
+        most, log = max(1, MOST_THREADS // threads), []
         with np.errstate(all="ignore"):
             for first in range(0, blocks, most):
-                batch = Batch(self, memory, range(first, min(first + most, blocks)), threads)
-                batch.special["%ntid.x"][:], batch.arguments = threads, arguments
-                self._run(batch, log)
+                some = range(first, min(first + most, blocks))
+                self._run(Batch(self, memory, some, threads, arguments), log)
         memory.refuse_races(log, threads, "blocks")
 
     def _run(self, batch, log):
@@ -513,26 +390,25 @@ class Program:
 class Batch:
     """Some blocks of a launch, while they run: a thread is an element of every array."""
 
-    def __init__(self, program, memory, blocks, threads):
+    def __init__(self, program, memory, blocks, threads, arguments):
         self.program, self.memory = program, memory
-        self.shape = len(blocks), threads
-        size = len(blocks) * threads
-        self.shared = Memory(program.shared_size * len(blocks), program.shared_size or WORD)
+        self.arguments = np.array([int(each) for each in arguments], np.int64).view(U64)
+        self.shape, share = (len(blocks), threads), program.shared_size or WORD
+        self.shared, size = Memory(share * len(blocks), share), len(blocks) * threads
         self.blocks = np.repeat(np.arange(len(blocks)), threads)
         self.threads = blocks.start * threads + np.arange(size)
         self.special = {
             "%tid.x": np.tile(np.arange(threads, dtype=U32), len(blocks)),
             "%ctaid.x": np.repeat(np.arange(blocks.start, blocks.stop, dtype=U32), threads),
-            "%ntid.x": np.empty(size, U32),
+            "%ntid.x": np.full(size, threads, U32),
         }
         self.places, self.waiting = np.zeros(size, np.int64), np.zeros(size, bool)
         self._registers = {}
 
-    def registers(self, name):
+    def register(self, name):
         """Return a register of all threads, with rubbish in it if it is new."""
         if name not in self._registers:
-            dtype = self.program._type_of(name)
-            rubbish = np.array(RUBBISH, U64).astype(dtype)
+            rubbish = U64.type(RUBBISH).astype(self.program.type_of(name))
             self._registers[name] = np.full(self.places.size, rubbish)
         return self._registers[name]
 
@@ -540,7 +416,7 @@ class Batch:
         """Return those of the threads for which an instruction's guard holds."""
         if i.guard is None:
             return lanes
-        holds = self.registers(i.guard)[lanes] != i.negated
+        holds = self.register(i.guard)[lanes] != i.negated
         return np.arange(self.places.size)[lanes][holds]
 
     def next(self, end):

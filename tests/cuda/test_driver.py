@@ -195,7 +195,7 @@ def test_events(pretend):
     event.hold(6)
     event.recording(7)()
     event.wait()
-    assert binding.calls == [
+    assert [call for call in binding.calls if call[0] != "cuThreadExchangeStreamCaptureMode"] == [
         ("cuEventRecord", 64, 5),
         ("cuStreamWaitEvent", 6, 64, 0),
         ("cuEventRecord", 64, 7),

@@ -20,7 +20,8 @@ from gpu_tools import MODES, same_run
 from in_place import Arrays, in_place, program_of
 from lazy_driver import Driver
 from numba.cuda.cudadrv.driver import CudaAPIError
-from ptx import FMA, KernelError, Memory, Program, UnknownPTXError
+from ptx import FMA, Program, UnknownPTXError
+from ptx_memory import KernelError, Memory
 
 # %rd3 is a word of each thread's own, of 64 threads at most.
 KERNEL = """

@@ -12,7 +12,7 @@ import pytest
 FOLDER = Path(__file__).parent
 TESTS = FOLDER.parent
 # Of the tests for a GPU: those that are short, and of the steps those that use most.
-SHORT = "not test_gpu or test_overlap or on_the_host or does_not_wait"
+SHORT = "not test_gpu or test_overlap or on_the_host"
 LONG = """not (1000_steps or scaled or ends_of_float32 or nan_and_infinity or around_chunks
  or thousands or leaks or leave_nothing or results_outlive or sanitizer or two_devices)
  or (everything and both) or (everything and 170)""".replace("\n", "")
@@ -56,7 +56,7 @@ def run(optional):
 
 
 def test_a_sample(run):
-    run(["libcuda_cases.py", "test_gpu.py"], SHORT, 14)
+    run(["libcuda_cases.py", "test_gpu.py"], SHORT, 13)
 
 
 @pytest.mark.full

@@ -49,7 +49,7 @@ def runs(*arguments):
 # Every option.
 
 for dtype, dtypes in DTYPES.items():
-    for mode in MODES:
+    for mode in MODES if dtype == "both" else ("plain", "clip", "everything"):
         sample = dtype == "both" and mode in ("plain", "everything")
         case(f"{mode} {dtype}", runs(dtypes, mode, 4, 2, SHAPES), sample=sample)
 
@@ -134,7 +134,7 @@ def attempt(opt, grads):
 for dtype, dtypes in DTYPES.items():
     for nonfinite in ("skip", "raise", "propagate"):
         for bad in (math.nan, math.inf, -math.inf):
-            everywhere = nonfinite == "skip" and bad != -math.inf
+            everywhere = nonfinite == "skip" and math.isnan(bad)
             case(
                 f"{bad} {nonfinite} {dtype}",
                 functools.partial(
@@ -246,7 +246,7 @@ for dtype in ("f4", "f8"):
     case(f"large step counts {dtype}", run, sample=dtype == "f8")
 
 for mode in ("everything", "schedule"):
-    case(f"a hundred steps {mode}", runs(("f4", "f8"), mode, 100, 50, ((5,), [9])))
+    case(f"fifty steps {mode}", runs(("f4", "f8"), mode, 50, 25, ((5,), [9])))
 
 
 def groups(lib):
@@ -279,7 +279,7 @@ def groups(lib):
 case("groups", groups, sample=True)
 
 for count in (257, 600, 1_100):  # more than a block that settles has threads
-    mode = ({"max_grad_norm": 1.0, "nonfinite": "raise"}, {})
+    mode = "clip" if count == 600 else "raise"
     run = runs(("f4", "f8"), mode, 2, 2, [(k % 4,) for k in range(count)])
     case(f"{count} arrays", run, sample=count == 600)
 case(  # more parts of a norm than are added at a time
