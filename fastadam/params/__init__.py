@@ -1,1 +1,1 @@
-"""What the user gave: arrays, containers, groups, hyperparameters."""
+"""What the user gives: arrays, containers, groups, hyperparameters, and the checks of each."""

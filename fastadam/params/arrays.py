@@ -1,4 +1,4 @@
-"""Whose array is this, and is it usable: checks, one array at a time."""
+"""Checks of one array on the CPU: can it be a parameter, or a parameter's gradient."""
 
 import ctypes
 from typing import Any
@@ -46,16 +46,16 @@ def take_grad(
 ) -> npt.NDArray[np.floating]:
     """Return a gradient as a plain array over its memory, or refuse it.
 
-    It may be an array of another library in the host's memory, which need only be
-    read, or a NumPy scalar, as arithmetic on 0-d arrays gives.
+    It may be another library's array on the CPU, and read-only, or a NumPy
+    scalar, which is what arithmetic on 0-d arrays returns.
 
     Raises
     ------
     TypeError
         If it is no array, or not of the parameter's dtype.
     ValueError
-        If its elements do not pair with the parameter's, one by one, in shape and memory
-        order; if it is read-only and must be ``writable``.
+        If it differs from the parameter in shape or memory order, or is
+        read-only and must be ``writable``.
     """
     array = _as_array(grad, label)
     check_alike(array, param, label, on_host=True)
@@ -74,17 +74,17 @@ def take_grad(
 
 
 class _Interface:
-    """What an object says of its memory, and no other way to make an array of it: those copy."""
+    """Gives NumPy an object's ``__array_interface__`` alone: other ways to read it would copy."""
 
     def __init__(self, owner: Any) -> None:
         self.owner, self.__array_interface__ = owner, owner.__array_interface__
 
 
 def _as_array(grad: Any, label: str) -> npt.NDArray[Any]:
-    """Return a gradient's memory as a plain array, without a copy."""
+    """Return a plain array over a gradient's memory, without a copy."""
     kind, name = type(grad), kind_of(grad)
     if isinstance(grad, np.ndarray) and not isinstance(grad, MaskedArray):
-        plain: npt.NDArray[Any] = grad.view(np.ndarray)  # whatever a subclass says of itself
+        plain: npt.NDArray[Any] = grad.view(np.ndarray)  # without what a subclass overrides
         return plain
     if isinstance(grad, np.generic):
         return np.asarray(grad)
@@ -104,7 +104,7 @@ def _as_array(grad: Any, label: str) -> npt.NDArray[Any]:
 
 
 def check_alike(grad: Any, param: Any, label: str, on_host: bool = False) -> None:
-    """Refuse a gradient that is not of its parameter's dtype and shape, wherever they live."""
+    """Refuse a gradient of another dtype or shape than its parameter's, on any device."""
     if grad.dtype != param.dtype:
         cast = f"; numpy.asarray(grad, numpy.{param.dtype.name}) makes such a copy"
         raise TypeError(
@@ -121,14 +121,14 @@ def _check_kind(array: Any, label: str) -> None:
 
 
 def kind_of(thing: Any) -> str:
-    """Return what a thing is, in a message."""
+    """Return the name of a thing's type, for a message."""
     kind = type(thing)
     module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
     return f"{module}{kind.__qualname__}"
 
 
 def hint(thing: Any) -> str:
-    """Return the end of a message: what to give in the place of what is no parameter."""
+    """Return the end of a message: what to give instead of something that is no parameter."""
     if isinstance(thing, tuple) and len(thing) == 2 and isinstance(thing[0], str):
         return hint(thing[1]) or "; give pairs of name and array as a dict"
     if hasattr(type(thing), "named_parameters"):
@@ -155,13 +155,13 @@ def _check_layout(
 
 
 def _copy_like(param: npt.NDArray[Any]) -> str:
-    """Return the end of a message: what makes a gradient lie as its parameter does."""
+    """Return the end of a message: how to copy a gradient into its parameter's memory order."""
     make = "ascontiguousarray" if param.flags.c_contiguous else "asfortranarray"
     return f"; numpy.{make}(grad) makes such a copy"
 
 
 def _kind_of_memory(array: npt.NDArray[Any]) -> str:
-    """Return what a read-only array is, with what to do where that is known."""
+    """Return what kind of array a read-only one is, and what to do if that is known."""
     base: Any = array
     while isinstance(base, np.ndarray):
         if isinstance(base, np.memmap):
@@ -174,7 +174,7 @@ def _kind_of_memory(array: npt.NDArray[Any]) -> str:
 
 
 def address(array: npt.NDArray[Any] | None) -> int:
-    """Return where the array's first element lies, 0 for None."""
+    """Return the address of an array's first element, 0 for None."""
     return 0 if array is None else array.ctypes.data
 
 
@@ -184,8 +184,8 @@ DTYPE_MARK_OFFSET = object.__basicsize__ + 8
 
 
 def dtype_mark(dtype: np.dtype[Any]) -> int:
-    """Return the eight bytes by which NumPy tells one plain dtype from another.
+    """Return eight bytes of a plain dtype, which are equal where the dtypes are.
 
-    Two objects may stand for one dtype: unpickling makes another.
+    ``is`` does not tell: unpickling makes a second object for the same dtype.
     """
     return ctypes.c_int64.from_address(id(dtype) + DTYPE_MARK_OFFSET).value

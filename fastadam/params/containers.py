@@ -1,4 +1,4 @@
-"""The containers that parameters and gradients come in: array, sequence, mapping, groups."""
+"""The containers that parameters and gradients come in: an array, a sequence or a mapping."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
@@ -10,7 +10,7 @@ from .kinds import is_array
 
 
 class FixedSequence(tuple[Any, ...]):
-    """Arrays to be written to, not replaced; ``arrays[0] += 1`` is allowed."""
+    """Arrays that can be written to, but not replaced: ``arrays[0] += 1`` is allowed."""
 
     __slots__ = ()
 
@@ -19,7 +19,7 @@ class FixedSequence(tuple[Any, ...]):
 
 
 class FixedMapping(Mapping[str, Any]):
-    """The same by name."""
+    """Arrays by name that can be written to, but not replaced."""
 
     def __init__(self, items: Iterable[tuple[str, Any]]) -> None:
         self._arrays = dict(items)
@@ -41,7 +41,7 @@ class FixedMapping(Mapping[str, Any]):
 
 
 def check_same(array: Any, value: Any, label: str) -> None:
-    """Refuse to replace an array; let pass what an augmented assignment assigns.
+    """Refuse another object in an array's place; ``arrays[0] += 1`` assigns the same one.
 
     Raises
     ------
@@ -62,7 +62,7 @@ _NO_GRADIENT = (
 
 
 def check_any_given(grads: tuple[Any, ...]) -> None:
-    """Refuse gradients that are all None: no step would be taken, and no one would know.
+    """Refuse gradients that are all None: a step would silently do nothing.
 
     Raises
     ------
@@ -77,7 +77,7 @@ def check_any_given(grads: tuple[Any, ...]) -> None:
 
 
 def check_given(grads: Any, label: str) -> None:
-    """Refuse None in the place of a container.
+    """Refuse None instead of a container.
 
     Raises
     ------
@@ -92,14 +92,14 @@ def check_given(grads: Any, label: str) -> None:
 
 
 def grads_hint(grads: Any) -> str:
-    """Return the end of a message: what to give in the place of what are no gradients."""
+    """Return the end of a message: what to give instead of something that is no gradients."""
     if callable(getattr(type(grads), "grads", None)):
         return "; give what its .grads() returns"
     return "; give what it returns" if callable(grads) else ""
 
 
 class Container:
-    """The shape in which one group's parameters came, and in which its gradients must come.
+    """How one group's parameters were given, which is how its gradients must be given.
 
     Raises
     ------
@@ -129,14 +129,14 @@ class Container:
             )
 
     def labels(self, label: str) -> list[str]:
-        """Return how each array is called in messages."""
+        """Return the name of each array in messages."""
         if self.single:
             return [label]
         keys = range(len(self.arrays)) if self.names is None else self.names
         return [f"{label}[{key!r}]" for key in keys]
 
     def wrap(self, arrays: Sequence[Any]) -> Any:
-        """Return other arrays in such a container, whose arrays cannot be replaced."""
+        """Return other arrays in the same kind of container, where they cannot be replaced."""
         if self.single:
             return arrays[0]
         if self.names is not None:
@@ -144,7 +144,7 @@ class Container:
         return FixedSequence(arrays)
 
     def flatten(self, grads: Any, group: int | None = None) -> tuple[Any, ...]:
-        """Return the gradients in the order of the parameters, in a tuple of our own.
+        """Return the gradients in a new tuple, in the order of the parameters.
 
         ``group`` is the number of the group, for messages, where there are several.
 
@@ -155,7 +155,7 @@ class Container:
         ValueError
             If their number or their names are not the parameters'.
         """
-        # First what is usual, in as few steps of Python as can be.
+        # The usual cases first, with as little Python as possible.
         if type(grads) is list or type(grads) is tuple:
             if self.names is None and not self.single and len(grads) == len(self.arrays):
                 return tuple(grads)

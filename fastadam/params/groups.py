@@ -1,4 +1,4 @@
-"""Groups of parameters: what the user gave, read, checked and named."""
+"""Groups of parameters: their containers and hyperparameters, read, checked and named."""
 
 import functools
 from collections import Counter
@@ -64,11 +64,11 @@ for _name in (*_OPERATORS, "update", "setdefault", "pop", "popitem", "clear"):
 
 
 class Groups:
-    """The parameters of an optimizer in the order and the containers they came in.
+    """The parameters of an optimizer, in the order and the containers they were given in.
 
-    They are made in two steps, since the arrays tell which backend must look
-    at them: the containers and the hyperparameters are read here, the arrays
-    and their state in `take`.
+    They are made in two steps, since only the arrays tell which backend can
+    check them: the constructor reads containers and hyperparameters, `take`
+    checks the arrays and makes their state.
 
     Attributes
     ----------
@@ -103,7 +103,7 @@ class Groups:
         self._name()
 
     def extended(self, group: Any) -> "Groups":
-        """Return these groups and one more, of which the arrays must be taken; these stay."""
+        """Return a copy with one more group, whose arrays `take` has still to check."""
         new = object.__new__(Groups)
         new.defaults, new.nested = self.defaults, True
         new.amsgrad, new.ema_decay = self.amsgrad, self.ema_decay
@@ -115,9 +115,7 @@ class Groups:
         return new
 
     def _append(self, given: Any) -> None:
-        place = len(self.options)
-        label = f"params[{place}]" if self.nested else "params"
-        prefix, inner = self._labels(place)
+        label, prefix, inner = self._labels(len(self.options))
         if not isinstance(given, Mapping) or "params" not in given:
             raise TypeError(
                 f"{label} must be a dict with 'params', got {type(given).__qualname__}"
@@ -139,11 +137,12 @@ class Groups:
         self.options.append(options)
         self.fixed.append((frozenset(options), options["params"]))
 
-    def _labels(self, group: int) -> tuple[str, str]:
-        """Return what to put before a hyperparameter in messages, and what to call its arrays."""
-        return (
-            (f"params[{group}].", f"params[{group}]['params']") if self.nested else ("", "params")
-        )
+    def _labels(self, group: int) -> tuple[str, str, str]:
+        """Return what messages call a group, put before its hyperparameters, call its arrays."""
+        if not self.nested:
+            return "params", "", "params"
+        label = f"params[{group}]"
+        return label, f"{label}.", f"{label}['params']"
 
     @property
     def state_options(self) -> set[str]:
@@ -157,7 +156,7 @@ class Groups:
         return [array for container in self.containers for array in container.arrays]
 
     def take(self, backend: Backend, new: Callable[..., Any]) -> None:
-        """Check the arrays that have no state yet, and make it.
+        """Check the arrays that have no state yet, and make their state.
 
         ``new`` is `state.param_state.new_states`, which this folder does not know.
 
@@ -169,7 +168,7 @@ class Groups:
             its dtype.
         """
         for k in range(self._taken, len(self.containers)):
-            container, (prefix, inner) = self.containers[k], self._labels(k)
+            container, (_, prefix, inner) = self.containers[k], self._labels(k)
             labels = container.labels(inner)
             params = self._checked(backend, container.arrays, labels)
             for param in params:
@@ -183,7 +182,7 @@ class Groups:
     def _checked(
         self, backend: Backend, arrays: Sequence[Any], labels: Sequence[str]
     ) -> list[Any]:
-        """Return what stands for each array in a backend, if they all live where it works."""
+        """Return what the backend makes of each array, if all are on the same device."""
         # With the first that is not empty, all others must share a device.
         own = [state for state in self.states if state.param.size] + self.states
         taken = [(state.param, state.label) for state in own[:1]]
@@ -210,7 +209,7 @@ class Groups:
             self.labels += container.labels(f"grads[{k}]" if self.nested else "grads")
 
     def wrap(self, arrays: Sequence[Any]) -> Any:
-        """Return an array for each parameter in containers as the parameters came in."""
+        """Return one array for each parameter, in the same containers as the parameters."""
         left = iter(arrays)
         wrapped = [
             container.wrap([next(left) for _ in container.arrays]) for container in self.containers
@@ -218,10 +217,10 @@ class Groups:
         return FixedSequence(wrapped) if self.nested else wrapped[0]
 
     def flattener(self) -> Callable[[Any], tuple[Any, ...]]:
-        """Return what puts gradients in the order of the parameters, in a tuple of our own.
+        """Return the function that puts gradients in a tuple, in the order of the parameters.
 
-        It raises TypeError or ValueError if they do not come in the containers
-        of the parameters.
+        It raises TypeError or ValueError if their containers are not those of
+        the parameters.
         """
         return self._flatten_groups if self.nested else self.containers[0].flatten
 

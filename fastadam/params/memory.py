@@ -1,4 +1,4 @@
-"""Who shares memory: intervals of bytes, and whether they overlap."""
+"""Do arrays share memory: intervals of bytes, and whether they overlap."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,18 +15,18 @@ class Memory:
     Parameters
     ----------
     labels, starts, sizes
-        Of each array: its name in messages, its address, its bytes. Arrays
-        of no bytes lie nowhere.
+        Of each array: its name in messages, its address, its size in bytes.
+        Empty arrays overlap nothing.
 
     Raises
     ------
     ValueError
-        If two arrays share memory: each update would see the other's.
+        If two arrays share memory: to update one would change the other.
 
     Attributes
     ----------
     blocks : int64 array, shape (n, 2)
-        The intervals, those that touch made one.
+        Start and end of each interval; neighbours without a gap are merged.
     """
 
     def __init__(self, labels: Sequence[str], starts: Addresses, sizes: Addresses) -> None:
@@ -34,7 +34,7 @@ class Memory:
         self._order, self._starts, self._ends = _disjoint(labels, starts, sizes)
         first = np.ones(self._starts.size, dtype=bool)
         first[1:] = self._starts[1:] != self._ends[:-1]
-        last = np.roll(first, -1)  # the next is a first one, or there is none
+        last = np.roll(first, -1)  # the next interval begins a new block, or there is none
         self.blocks = np.stack([self._starts[first], self._ends[last]], axis=1)
 
     @classmethod
@@ -47,8 +47,8 @@ class Memory:
     def check_apart(self, labels: Sequence[str], starts: Addresses, sizes: Addresses) -> None:
         """Refuse arrays that share memory with these, or with one another."""
         order, starts, ends = _disjoint(labels, starts, sizes)
-        # Both sides are disjoint: of the own intervals, those that begin before
-        # the end of another, less those that end before its start, overlap it.
+        # Ours are sorted and disjoint: one of them overlaps, if the first that ends after
+        # the other's start comes before the first that starts at or after its end.
         first = np.searchsorted(self._ends, starts, side="right")
         last = np.searchsorted(self._starts, ends, side="left")
         for k in np.flatnonzero(first < last)[:1]:

@@ -1,4 +1,4 @@
-"""Names that nothing has: refused, with the name that was probably meant."""
+"""Unknown names of arguments and attributes: the error says which was probably meant."""
 
 import functools
 import inspect
@@ -7,7 +7,7 @@ from typing import Any, TypeVar, cast
 
 from .hyperparameters import NAMES
 
-# What other libraries and papers call it, and what it is called here.
+# Names in other libraries and papers, and the name here.
 _MEANT = {
     "alpha": "lr",
     "learning_rate": "lr",
@@ -38,14 +38,14 @@ _MEANT = {
     "scheduler": "schedule",
 }
 
-# Of an optimizer's attributes, those that are fixed when it is made.
+# Attributes of an optimizer that only its constructor can set.
 _FIXED = ("params", "amsgrad", "ema_decay")
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def suggestion(name: object, known: Iterable[str]) -> str:
-    """Return the end of a message: which of the known names was meant, or nothing."""
+    """Return the end of a message: the known name that was probably meant, or nothing."""
     meant = _meant(name, list(known))
     return "" if meant is None else f"; did you mean {meant!r}?"
 
@@ -60,10 +60,10 @@ def _meant(name: object, known: list[str]) -> str | None:
 
 
 def check_keywords(like: Callable[..., Any] | None = None) -> Callable[[_F], _F]:
-    """Have a function refuse unknown keywords with the one that was probably meant.
+    """Decorate a function: for an unknown keyword, its error names the one probably meant.
 
-    For a function that need not be fast: the check costs a microsecond. With
-    ``like``, the keywords are those that this other function takes.
+    A call takes a microsecond longer. With ``like``, the known keywords are
+    those of that other function.
     """
 
     def decorate(function: _F) -> _F:
@@ -85,9 +85,10 @@ def check_keywords(like: Callable[..., Any] | None = None) -> Callable[[_F], _F]
 
 
 class Absent:
-    """An attribute that there is not, with what to do in its place.
+    """An attribute that does not exist, whose error says what to use instead.
 
-    A class's ``__getattr__`` would make all its other attributes slower to find.
+    ``__getattr__`` could do the same, but would make every other attribute
+    of the class slower to find.
     """
 
     def __init__(self, hint: str) -> None:
@@ -103,12 +104,12 @@ class Absent:
 
 
 def check_attribute(kind: type, name: str) -> None:
-    """Refuse to set an attribute that is not in a class, or cannot be set.
+    """Refuse to set an attribute that a class does not have, or that cannot be set.
 
     Raises
     ------
     AttributeError
-        With the name that was probably meant.
+        The message names the attribute that was probably meant.
     """
     found = getattr(kind, name, None)
     if isinstance(found, property) and found.fset is None:

@@ -1,4 +1,4 @@
-"""A step's scalars: what the groups ask for, checked, in float64, for the backend to cast."""
+"""The scalars of a step: each group's hyperparameters, checked, in float64."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,7 +23,10 @@ from .layout import (
 
 
 class Scalars:
-    """A row of float64 for each group, read again only when a hyperparameter differs."""
+    """A row of float64 for each group, made anew only where a hyperparameter may have changed.
+
+    The backend casts them to the dtype of the parameters.
+    """
 
     def __init__(self, groups: Groups) -> None:
         self.rows = np.zeros((len(groups.options), GROUP_COLUMNS), dtype=np.float64)
@@ -34,18 +37,19 @@ class Scalars:
             options.touched = True
         self._fixed = groups.fixed
         self._dtypes = groups.dtypes()
-        # What every dtype of the group holds; the learning rate that leads beyond it.
+        # Of each group: the largest number of its smallest dtype, and the largest learning
+        # rate that leads to no larger step.
         self._largest = [min(_limits("max", d), default=np.inf) for d in self._dtypes]
         self._largest_lr = list(self._largest)
-        # What every dtype holds, a gradient's norm at least.
+        # The largest number of the smallest dtype of all groups.
         self.largest = min(self._largest, default=np.inf)
         self._tiny = max(_limits("tiny", set().union(*self._dtypes)), default=0.0)
         self._lrs, self._signs = [0.0] * len(self._options), [1.0] * len(self._options)
         # What the rows were last made for: factor on lr, factor on the gradients.
         self._made_for: tuple[float, float] | None = None
-        # The first group's learning rate in the step for which the rows were last refreshed.
+        # The first group's learning rate in the step for which the rows were last brought up to
+        # date, and 1/grad_scale.
         self.lr = 0.0
-        # 1/grad_scale, of the step for which the rows were last refreshed.
         self.inverse = 1.0
 
     def refresh(
@@ -78,7 +82,7 @@ class Scalars:
         return self.lr
 
     def _make(self, factor: float, inverse: float, step: int) -> None:
-        self._made_for = None  # until the rows are whole
+        self._made_for = None  # until all rows are done
         for k, options in enumerate(self._options):
             if options.touched:
                 options.touched = False  # first, so that a write from now on is not missed

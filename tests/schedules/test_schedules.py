@@ -235,6 +235,11 @@ def test_repr_pickle_equality_and_hash(schedule):
     assert sum(other == schedule for other in EXAMPLES) == 1
 
 
+def test_pickles_and_messages_know_no_inner_module():
+    for name in set(schedules.__all__) - {"Schedule"}:
+        assert getattr(schedules, name).__module__ == "fastadam.schedules"
+
+
 @pytest.mark.parametrize("schedule", EXAMPLES, ids=repr)
 def test_nothing_can_be_changed(schedule):
     with pytest.raises(AttributeError):

@@ -5,6 +5,7 @@ import math
 import signal
 import sys
 import threading
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -150,6 +151,20 @@ def test_hyperparameters(name, value, error, message):
     np.testing.assert_array_equal(param, 1.0)
     opt.param_groups[0][name] = fastadam.Adam([]).param_groups[0][name]
     opt.step([grad])
+
+
+def test_an_array_on_a_device_beside_one_in_memory():
+    """It is refused without what CUDA needs, which need not be installed."""
+
+    class OnDevice:
+        __cuda_array_interface__: ClassVar = {"shape": (3,), "typestr": "<f8", "data": (64, False)}
+
+    with pytest.raises(ValueError, match=r"^params\[1\] must be in the host's memory, as params"):
+        fastadam.Adam([np.zeros(3), OnDevice()])
+    opt = fastadam.Adam([np.zeros(3)])
+    with pytest.raises(ValueError, match=r"^params\[1\]\['params'\] .* got one on a CUDA device$"):
+        opt.add_param_group({"params": OnDevice()})
+    assert len(opt.param_groups) == 1
 
 
 def test_amsgrad_and_schedule_of_the_wrong_kind():
