@@ -30,7 +30,8 @@ _RULES: dict[Rule, Callable[[float], bool]] = {
 
 def is_real(value: object) -> bool:
     """Whether a value is a real number of Python's or NumPy's; a bool is none."""
-    return isinstance(value, Real) and not isinstance(value, bool)
+    # What nearly all are first: to ask Real takes 0.3 us of each step with a schedule.
+    return type(value) is float or (isinstance(value, Real) and not isinstance(value, bool))
 
 
 def as_float(value: Any) -> float:
