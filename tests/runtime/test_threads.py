@@ -247,6 +247,61 @@ def test_a_fork_during_the_first_use_of_another_thread(module, first):
     assert run(code, begin=BEGIN + FINDER) == "done\n"
 
 
+@needs_fork
+def test_a_fork_while_another_thread_starts_numbas_threads():
+    """As a parallel function of the user's own does when it is first called."""
+    code = """
+        import threading, time
+        import numba
+        import fastadam
+
+        starting, forking = threading.Event(), threading.Event()
+
+        def during():
+            starting.set()
+            forking.wait()
+            time.sleep(0.1)
+
+        fastadam.Adam(np.zeros(3)).step(np.ones(3))
+        when_importing("numba.np.ufunc.workqueue", during)
+        thread = threading.Thread(target=numba.get_num_threads)
+        thread.start()
+        assert starting.wait(30)
+        forking.set()
+        in_child(use)
+        thread.join()
+        use()
+        print("done")
+    """
+    begin = BEGIN + FINDER + "import numpy as np\n"
+    assert run(code, begin=begin, NUMBA_THREADING_LAYER="workqueue") == "done\n"
+
+
+@needs_fork
+def test_a_fork_while_another_thread_is_in_llvm():
+    """As one is that deletes a compiled function, without the lock of Numba's compiler."""
+    code = """
+        import threading
+        import numba
+        from llvmlite import binding
+
+        def work():
+            while not done.is_set():
+                binding.parse_assembly("define i32 @f() { ret i32 1 }")
+
+        use(3)
+        done = threading.Event()
+        thread = threading.Thread(target=work)
+        thread.start()
+        for _ in range(5):
+            in_child(lambda: numba.njit(lambda x: x + 1)(1))
+        done.set()
+        thread.join()
+        print("done")
+    """
+    assert run(code) == "done\n"
+
+
 @pytest.mark.parametrize("module", ["llvmlite.binding", "numba.core.byteflow"])
 def test_ctrl_c_during_first_use(module):
     """An exception in the middle of its import would leave Numba unusable."""
@@ -398,12 +453,12 @@ def test_who_came_by_a_fork():
     """Not a forkserver's children: they may use GNU OpenMP, which they have loaded themselves."""
     code = """
         import multiprocessing
-        from fastadam.runtime import _came_by_fork
+        from fastadam.runtime import _is_forked_copy
 
-        assert not _came_by_fork()
+        assert not _is_forked_copy()
         for method, forked in (("fork", True), ("forkserver", False), ("spawn", False)):
             with multiprocessing.get_context(method).Pool(1) as pool:
-                assert pool.apply(_came_by_fork) == forked, method
+                assert pool.apply(_is_forked_copy) == forked, method
         print("done")
     """
     assert run(code, "-W", "ignore") == "done\n"
