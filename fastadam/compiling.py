@@ -13,17 +13,17 @@ def compile(  # noqa: A001
     """Prepare every kernel that an optimizer will need before its first step.
 
     Compiles for the optimizer's dtypes, options and sizes, with and without
-    ``zero_grad``, or loads what an earlier process has left in the compile
-    cache, and starts the threads. Parameters and state are not touched.
+    ``zero_grad``, or loads the code from the compile cache if an earlier process
+    has compiled it, and starts the threads. Parameters and state are not touched.
 
     Parameters
     ----------
     opt : Adam or what `from_objects` returned
-        The optimizer. Options that bring kernels of their own, such as
-        ``max_grad_norm``, should have been set.
+        The optimizer. Set options that need other kernels, such as
+        ``max_grad_norm``, before.
     progress : bool or callable
-        True shows a bar, for which rich must be installed; a callable is told
-        how many kernels are ready, of how many.
+        True shows a bar, for which rich must be installed. A callable is called
+        with the number of kernels that are ready, and the number of all.
 
     Raises
     ------

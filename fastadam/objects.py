@@ -161,8 +161,8 @@ class ObjectAdam(Adapter):
 
         Notes
         -----
-        Ctrl-C, and an object whose ``.data`` cannot be set, leave the other
-        objects and the optimizer's state those of one step.
+        Ctrl-C waits for the end of the step. If an object's ``.data`` or ``.grad``
+        cannot be set, all others are set before the error is raised.
         """
         with self._turn():
             self._read_numbers()

@@ -1,4 +1,4 @@
-"""Files that are replaced whole: a reader sees the old one or the new one, never a part."""
+"""Replace a file as a whole: a reader sees the old one or the new one, never a part."""
 
 import contextlib
 import errno
@@ -15,15 +15,15 @@ fcntl: Any = None
 with contextlib.suppress(ImportError):  # Windows has none
     fcntl = import_module("fcntl")
 
-# Where a file is written: a folder beside it, so that moving it into place is one rename.
+# A file is written in a folder beside its place, so that one rename moves it there.
 _PREFIX, _SUFFIX = ".fastadam-", ".saving"
 
 
 def replace(path: Path, write: Callable[[Path], None], keep: int) -> None:
-    """Have a file written, and put it in the place of the one at ``path``.
+    """Write a new file, and put it in the place of the one at ``path``.
 
-    It is flushed to disk before it is moved, and the folder after. What a
-    process that was killed meanwhile has left is removed by the next one.
+    The file is flushed to disk before it is moved, and its folder after that. If a
+    process is killed meanwhile, the next one removes what it left.
 
     Parameters
     ----------
@@ -32,8 +32,8 @@ def replace(path: Path, write: Callable[[Path], None], keep: int) -> None:
     write : callable
         ``write(path)`` writes the new file, at a path given to it.
     keep : int
-        How many files there are then to be at most: this one, and those it
-        was before, at `numbered` paths.
+        How many files to keep at most: this one, and earlier ones at `numbered`
+        paths.
 
     Raises
     ------
@@ -46,10 +46,10 @@ def replace(path: Path, write: Callable[[Path], None], keep: int) -> None:
     if not path.parent.exists():
         raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(path.parent))
     _sweep(path.parent)
-    with _speaking_of(path), _work_folder(path.parent) as work:
+    with _errors_name(path), _work_folder(path.parent) as work:
         sample = path
         if not path.exists():
-            sample = work / "sample"  # of the access rights that the user's files have
+            sample = work / "sample"  # has the access rights of any new file of the user's
             sample.touch()
         new = work / "new"
         write(new)
@@ -61,8 +61,8 @@ def replace(path: Path, write: Callable[[Path], None], keep: int) -> None:
 
 
 @contextlib.contextmanager
-def _speaking_of(path: Path) -> Iterator[None]:
-    """Have errors name the file that was asked for, not one that nobody knows."""
+def _errors_name(path: Path) -> Iterator[None]:
+    """Have an OSError name the user's file, not the temporary one."""
     try:
         yield
     except OSError as error:
@@ -72,26 +72,26 @@ def _speaking_of(path: Path) -> Iterator[None]:
 
 
 def numbered(path: Path, number: int) -> Path:
-    """Return where the file is kept that was at ``path`` so many files ago."""
+    """Return the path of an earlier file; 1 is the one before the present."""
     return path.with_name(f"{path.stem}.{number}{path.suffix}")
 
 
 def _rotate(path: Path, keep: int, work: Path) -> None:
-    """Keep the present file at another path as well; at every moment it is at its own."""
+    """Give the present file a second path, numbered 1; it also stays at its own all the time."""
     if keep == 1 or not _exists(path):
         return
     first = numbered(path, 1)
-    # Where another process saves to this path too, it may have moved any of these.
+    # Another process that saves to this path may move any of these at any moment.
     with contextlib.suppress(FileNotFoundError):
         if first.samefile(path):
-            return  # the last: killed at this point
-    copy = work / "copy"  # first, as there may be no space for it
+            return  # a process was killed at this point
+    copy = work / "copy"  # made first, as there may be no space for it
     try:
         os.link(path, copy)
     except OSError:  # this file system has no links
         shutil.copy2(path, copy)
         _flush(copy)
-    free = 1  # of the places for older files, or the last
+    free = 1  # the first number that no file has, or the last number
     while free < keep - 1 and _exists(numbered(path, free)):
         free += 1
     for number in range(free, 1, -1):
@@ -101,7 +101,7 @@ def _rotate(path: Path, keep: int, work: Path) -> None:
 
 
 def _exists(path: Path) -> bool:
-    """Whether there is anything; some versions of `Path.exists` take any error for a no."""
+    """Whether a path exists; some versions of `Path.exists` say no after any error."""
     try:
         path.lstat()
     except FileNotFoundError:
@@ -111,11 +111,11 @@ def _exists(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _work_folder(parent: Path) -> Iterator[Path]:
-    """Make a folder that is this process's as long as it runs, and remove it."""
+    """Make a folder, locked as long as this process uses it, and remove it."""
     while True:
         folder = Path(tempfile.mkdtemp(_SUFFIX, _PREFIX, parent))
         with _locked(folder, wait=True):
-            if not folder.exists():  # taken for a dead process's before it was locked
+            if not folder.exists():  # another process removed it before it was locked
                 continue
             try:
                 yield folder
@@ -134,7 +134,7 @@ def _sweep(parent: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path, *, wait: bool) -> Iterator[bool]:
-    """Lock a folder, which the system undoes at a process's end; tell whether it could be."""
+    """Lock a folder, and yield whether that worked; the system unlocks it if the process ends."""
     try:
         descriptor = -1 if fcntl is None else os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except (FileNotFoundError, NotADirectoryError):  # another has removed it

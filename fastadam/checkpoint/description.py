@@ -21,23 +21,23 @@ Key: TypeAlias = int | str
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What a checkpoint says, apart from its tensors' values.
+    """What a checkpoint says, without its tensors' values.
 
     Attributes
     ----------
     version : str
-        Of the fastadam that wrote it.
+        The version of fastadam that wrote it.
     step_count : int
         Steps that the optimizer had taken.
     steps : dict
-        Steps that each parameter had had, by name, or by place (int) where it
-        had no name.
+        The steps that each parameter had had, by name, or by place (int) if it
+        has no name.
     param_groups : list of dict
         The hyperparameters of each group, as in ``Adam.param_groups``, with the
         names as ``"params"``.
     schedule : callable, str or None
-        One of `fastadam.schedules`; of another callable, which no file holds,
-        the repr.
+        One of `fastadam.schedules`; for any other callable, which a file cannot
+        hold, its repr.
     max_grad_norm : float or None
         As `Adam.max_grad_norm`.
     nonfinite : str
@@ -51,8 +51,8 @@ class Checkpoint:
     tensors : dict
         The dtype and the shape of each tensor by its name in the file.
     loaded : tuple
-        Of what `load` returned, the names or places of the optimizer's
-        parameters that it was loaded into.
+        Of what `load` returns, the names or places of the optimizer's
+        parameters that were loaded.
     """
 
     version: str
@@ -70,7 +70,7 @@ class Checkpoint:
 
 
 def describe(opt: Adam) -> dict[str, Any]:
-    """Return, made of what JSON has, all that tensors do not tell; `parse` reads it."""
+    """Return what a checkpoint says beside its tensors, as JSON has it; `parse` reads it."""
     contents = opt._contents()
     try:
         schedule = to_plain(opt.schedule)
@@ -93,7 +93,7 @@ def describe(opt: Adam) -> dict[str, Any]:
 
 
 def parse(reader: Reader) -> Checkpoint:
-    """Return what a file says, each part checked; raise whatever comes up."""
+    """Return a file's description, each part checked; raise whatever the checks raise."""
     said = reader.description
     keys = [checked_key(key) for key in said["params"]]
     steps = dict(zip(keys, map(_count, said["steps"]), strict=True))
@@ -134,7 +134,7 @@ def parse(reader: Reader) -> Checkpoint:
 
 
 def checked_key(key: Any) -> Key:
-    """Return what may be a parameter's name or place, or raise TypeError."""
+    """Return a parameter's name or place, or raise TypeError if it can be neither."""
     if isinstance(key, bool) or not isinstance(key, int | str):
         raise TypeError(f"a parameter's name must be str, or int for a place, got {key!r:.60}")
     return key

@@ -1,4 +1,4 @@
-"""The file of a checkpoint: tensors, what is said of them, checksums of both."""
+"""The file of a checkpoint: tensors, a description in JSON, and checksums of both."""
 
 import contextlib
 import hashlib
@@ -17,17 +17,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-# The newest that is written; all from 1 on are read.
+# The format that is written; all from 1 to this are read.
 FORMAT = 1
 
-# Of the metadata, each of which is text: the number above, a JSON object, and the digest of both
-# and of the tensors' names, dtypes and shapes.
+# Keys of the file's metadata, whose values are text: the number above; the description, a JSON
+# object; and a digest of both and of the tensors' names, dtypes and shapes.
 _FORMAT, _DESCRIPTION, _DIGEST = "fastadam_format", "fastadam", "fastadam_sha256"
 
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
-# Bytes from which on several threads make checksums.
+# From so many bytes on, checksums are computed in several threads.
 _WORTH_THREADS = 1 << 22
 
 
@@ -55,7 +55,7 @@ def need_safetensors() -> Any:
     Raises
     ------
     ImportError
-        If it is not installed, or too old.
+        If safetensors is not installed, or too old.
     """
     try:
         safetensors = import_module("safetensors")
@@ -69,14 +69,14 @@ def need_safetensors() -> Any:
 
 
 def write(path: Path, tensors: Mapping[str, npt.NDArray[Any]], description: Any) -> None:
-    """Write a file of arrays of float32 and float64, which are read where they lie.
+    """Write arrays of float32 and float64 to a file, without a copy of those in C order.
 
     Raises
     ------
     OSError
         If the system refuses.
     ValueError
-        If all that is not tensors takes more than the 100 MB that the format allows.
+        If names and description take more than the 100 MB that safetensors allows.
     """
     safetensors = need_safetensors()
     arrays = {
@@ -101,19 +101,19 @@ def write(path: Path, tensors: Mapping[str, npt.NDArray[Any]], description: Any)
             specs, path, metadata={**metadata, _DIGEST: _digest(metadata, layout)}
         )
     except safetensors.SafetensorError as error:
-        _raise_systems(error, path)
+        _raise_oserror(error, path)
         raise ValueError(f"names and extra must fit a safetensors header: {error}") from error
 
 
 class Reader:
-    """A file that is open, of which all but the tensors' values has been checked.
+    """An open file. All of it has been checked but the tensors' values.
 
     Attributes
     ----------
     description : dict
         What `write` was given.
     layout : dict
-        Of each tensor by name, dtype and shape.
+        The dtype and the shape of each tensor, by name.
     """
 
     def __init__(self, path: Path, file: Any) -> None:
@@ -144,14 +144,14 @@ class Reader:
         self._checksums = {name: int(self.description["crc32"][name]) for name in codes}
 
     def read(self, name: str) -> npt.NDArray[Any]:
-        """Return a tensor in memory of its own.
+        """Return a tensor as an array with its own memory.
 
         Raises
         ------
         CheckpointError
-            If it is not what was written.
+            If its checksum is wrong.
         """
-        with blaming(self._path):
+        with as_checkpoint_error(self._path):
             array: npt.NDArray[Any] = self._file.get_tensor(name)
         if _checksum(array) != self._checksums[name]:
             raise CheckpointError(
@@ -162,37 +162,38 @@ class Reader:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Reader]:
-    """Open a checkpoint, and check all but the tensors' values.
+    """Open a checkpoint, and check all of it but the tensors' values.
 
     Raises
     ------
     CheckpointError
-        If it is none, or damaged.
+        If it is no checkpoint, or is damaged.
     OSError
         If it is not there, or cannot be read.
     """
     safetensors = need_safetensors()
-    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+    if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for a writer
         raise CheckpointError(f"{path} must be a file")
-    path.open("rb").close()  # raises what is true, where safetensors says that there is none
+    path.open("rb").close()  # raises the true OSError; safetensors says "no such file"
     with contextlib.ExitStack() as stack:
-        with blaming(path):
-            # Tensors are read, not mapped: a mapping of what is cut short ends the process.
+        with as_checkpoint_error(path):
+            # Tensors are read, not mapped: access to a mapped file that is cut short ends the
+            # process.
             handle = safetensors.safe_open(path, framework="np", backend="pread")
             reader = Reader(path, stack.enter_context(handle))
         yield reader
 
 
 @contextlib.contextmanager
-def blaming(path: Path) -> Iterator[None]:
-    """Raise CheckpointError for whatever goes wrong in making sense of a file."""
-    refusal = need_safetensors().SafetensorError
+def as_checkpoint_error(path: Path) -> Iterator[None]:
+    """Turn exceptions that a file's content causes into CheckpointError, which names the file."""
+    safetensors_error = need_safetensors().SafetensorError
     try:
         yield
     except (CheckpointError, OSError):
         raise
     except (
-        refusal,
+        safetensors_error,
         ArithmeticError,
         AttributeError,
         LookupError,
@@ -200,8 +201,8 @@ def blaming(path: Path) -> Iterator[None]:
         TypeError,
         ValueError,
     ) as error:
-        _raise_systems(error, path)
-        # safetensors' words for bytes that are something else altogether.
+        _raise_oserror(error, path)
+        # What safetensors says of a file of any other kind.
         header = "Error while deserializing header: "
         text = " ".join(str(error).split())
         if text.startswith(header):
@@ -211,8 +212,8 @@ def blaming(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} is no checkpoint, or damaged: {text}") from error
 
 
-def _raise_systems(error: Exception, path: Path) -> None:
-    """Raise OSError if that is what safetensors tells of, and not a tensor's name."""
+def _raise_oserror(error: Exception, path: Path) -> None:
+    """Raise OSError if that is what safetensors reports in the text of its own error."""
     found = re.match(r"Error while [\w ]+: I/O error: [^(]*\(os error (\d+)\)", str(error))
     if found is not None:
         number = int(found[1])
@@ -224,13 +225,14 @@ def _checksum(array: npt.NDArray[Any]) -> int:
 
 
 def _checksums(arrays: list[npt.NDArray[Any]]) -> list[int]:
-    """Return the checksum of each, made in several threads.
+    """Return the checksum of each array, computed in several threads.
 
-    Those of `_thread` and the simplest queues: a signal's handler may come and
-    save in the midst of starting any others, whose locks it would then wait for.
+    With `_thread` and the simplest queues: the handler of a signal may save too,
+    while a thread is being started here. With `threading` it would wait for ever
+    for a lock that this code has.
     """
     left: SimpleQueue[int] = SimpleQueue()
-    made: SimpleQueue[tuple[int, int]] = SimpleQueue()
+    done: SimpleQueue[tuple[int, int]] = SimpleQueue()
     for place in range(len(arrays)):
         left.put(place)
 
@@ -238,18 +240,18 @@ def _checksums(arrays: list[npt.NDArray[Any]]) -> list[int]:
         with contextlib.suppress(Empty):
             while True:
                 place = left.get_nowait()
-                made.put((place, _checksum(arrays[place])))
+                done.put((place, _checksum(arrays[place])))
 
     if sum(array.nbytes for array in arrays) > _WORTH_THREADS:
         for _ in range(min(len(arrays), os.cpu_count() or 1) - 1):
-            with contextlib.suppress(RuntimeError):  # as Python exits, which starts no more
+            with contextlib.suppress(RuntimeError):  # while Python exits, it starts none
                 start_new_thread(work, ())
     work()
-    checksums = dict(made.get() for _ in arrays)
+    checksums = dict(done.get() for _ in arrays)
     return [checksums[place] for place in range(len(arrays))]
 
 
 def _digest(metadata: Mapping[str, str], layout: Mapping[str, Any]) -> str:
-    """Return the checksum of all that is said of the tensors."""
-    said = json.dumps([sorted(metadata.items()), sorted(layout.items())])
-    return hashlib.sha256(said.encode()).hexdigest()
+    """Return the checksum of the metadata and of the tensors' names, dtypes and shapes."""
+    text = json.dumps([sorted(metadata.items()), sorted(layout.items())])
+    return hashlib.sha256(text.encode()).hexdigest()

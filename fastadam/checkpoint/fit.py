@@ -1,4 +1,4 @@
-"""A checkpoint beside an optimizer: which tensor goes where, and what does not fit."""
+"""Compare a checkpoint with an optimizer: which tensor goes where, and what does not fit."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -18,7 +18,7 @@ Rename: TypeAlias = Mapping[Any, Any] | Callable[[Any], Any] | None
 
 
 class Fit:
-    """What of a file is to be loaded into an optimizer, and why it cannot be.
+    """What of a file goes into an optimizer, or why it does not fit.
 
     Attributes
     ----------
@@ -27,10 +27,11 @@ class Fit:
     hint : str
         What to do about it.
     keys : dict
-        What the parameters that are loaded are called in the file, by what
-        they are called in the optimizer.
+        The name in the file of each parameter that is loaded, by its name in
+        the optimizer.
     tensors : list of (array, str)
-        The optimizer's arrays that are written, and the file's tensors for them.
+        The optimizer's arrays that are to be written, with the names of their
+        tensors in the file.
     options, settings
         As in `LoadedState`.
     """
@@ -92,7 +93,7 @@ class Fit:
             self.wrong.append(text.format(names))
 
     def _check_kinds(self) -> None:
-        """Compare what there is to a parameter in either."""
+        """Compare which arrays a parameter has in the file and in the optimizer."""
         file, opt = self._file, self._opt
         if file.amsgrad != opt.amsgrad:
             self.wrong.append(f"amsgrad is {file.amsgrad} in the file, not {opt.amsgrad}")
@@ -119,7 +120,7 @@ class Fit:
                         f"{dtype.name} {shape} in the file, not {target.dtype.name} {target.shape}"
                     )
                 self.tensors.append((target, name))
-            elif kind not in ("max_exp_avg_sq", "ema") and (  # those are told already
+            elif kind not in ("max_exp_avg_sq", "ema") and (  # `_check_kinds` has noted those
                 kind != PARAM or self._has_params
             ):
                 self.wrong.append(f"the file has no {name!r}")
@@ -133,7 +134,7 @@ class Fit:
             for group in self._file.param_groups
         ]
         states, own = self._contents.states, self._contents.options
-        if not self.hint or len(groups) != len(own):  # else it is told already
+        if not self.hint or len(groups) != len(own):  # else `_pair` has noted it
             self.wrong += group_mismatches(groups, states, len(own))
         if not self.wrong:
             try:
@@ -154,7 +155,7 @@ class Fit:
 
 
 def _called(key: Any) -> str:
-    """Return what a parameter is called in a message: its name, or its place."""
+    """Return a parameter's name, or its place, for a message."""
     return f"parameter {key}" if isinstance(key, int) else repr(key)
 
 

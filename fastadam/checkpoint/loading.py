@@ -25,11 +25,11 @@ def load(
     rename: Rename = None,
     partial: bool = False,
 ) -> Checkpoint:
-    """Make an optimizer and its parameters what they were at a `save`.
+    """Set an optimizer and its parameters to what they were at a `save`.
 
     Everything is checked, checksums included, before anything is changed.
-    Arrays are written in place. It takes memory for the file's tensors, each
-    let go as it is taken over.
+    Arrays are written in place. The file's tensors are in memory first; each is
+    freed as soon as it has been copied.
 
     Parameters
     ----------
@@ -37,47 +37,47 @@ def load(
         What `save` wrote, with this or an earlier version.
     opt : Adam or what `from_objects` returned
         The optimizer, made with the same names, shapes, dtypes and groups, and
-        with the same ``amsgrad`` and ``ema_decay``. Modified.
+        with the same ``amsgrad`` and ``ema_decay``. It is modified.
     params : bool
         Whether to load the parameters.
     state : bool
-        Whether to load moments, averages and counts of steps. Without them,
+        Whether to load moments, averages and step counts. If not,
         hyperparameters are not loaded either.
     hyperparameters : bool
         Whether to load the groups' hyperparameters, ``schedule``,
-        ``max_grad_norm`` and ``nonfinite``, or leave the optimizer's own, whose
-        groups may then differ. A schedule that the file could not hold must be
-        the optimizer's own.
+        ``max_grad_norm`` and ``nonfinite``. If not, the optimizer keeps its own, and
+        its groups may differ from the file's. A schedule that the file cannot hold
+        must be given to the optimizer.
     rename : mapping or callable, optional
-        From a parameter's name in the file, or place (int) where it has none, to
-        that in the optimizer, or to None for one that is to be left out; what a
-        mapping does not have keeps its name.
+        From a parameter's name in the file, or place (int) if it has none, to
+        its name in the optimizer, or to None if it is not to be loaded. Names
+        that a mapping does not contain stay as they are.
     partial : bool
-        Load only the parameters that are in both, and neither hyperparameters
-        nor ``step_count``, so that the optimizer's own schedule begins where it
-        is; the others keep their state. Averages that the optimizer does not
-        keep are left out, those that the file does not have begin as the
-        parameters loaded.
+        Load only the parameters that both have; the others keep their values and
+        state. Hyperparameters and ``step_count``, and so the place in the schedule,
+        stay the optimizer's own. Averages that the optimizer does not keep are
+        left out; those that the file does not have begin as the loaded parameters.
 
     Returns
     -------
     Checkpoint
-        What the file says, ``extra`` included, and in ``loaded`` which of the
-        optimizer's parameters it was loaded into.
+        What the file says, ``extra`` included; ``loaded`` names those of the
+        optimizer's parameters that were loaded.
 
     Raises
     ------
     CheckpointError
-        If the file is no checkpoint, is damaged, or does not fit the optimizer,
-        with every mismatch in the message. The optimizer is then as it was.
-    TypeError
-        For arguments of the wrong kind.
+        If the file is no checkpoint, is damaged, or does not fit the optimizer;
+        the message lists every mismatch. The optimizer is then unchanged.
+    TypeError, ValueError
+        For arguments of the wrong kind, or an object of `from_objects` that is
+        not what it was.
     OSError
-        If the file is not there, or cannot be read.
+        If the file does not exist, or cannot be read.
     ImportError
         If safetensors is not installed.
     RuntimeError
-        If a step is under way.
+        During a step of the optimizer.
 
     Examples
     --------
@@ -102,7 +102,7 @@ def load(
     with adapter._turn(), optimizer._turn():
         adapter._pull()  # so that what is not loaded stays what it is
         with file_format.opened(path) as reader:
-            with file_format.blaming(path):
+            with file_format.as_checkpoint_error(path):
                 checkpoint = parse(reader)
             fit = Fit(
                 checkpoint,
@@ -134,14 +134,14 @@ def load(
 
 
 def inspect(path: str | os.PathLike[str], *, verify: bool = True) -> Checkpoint:
-    """Return what a checkpoint says, apart from its tensors' values.
+    """Return what a checkpoint says, without its tensors' values.
 
     Parameters
     ----------
     path : path
         What `save` wrote, with this or an earlier version.
     verify : bool
-        Whether to read all tensors, one at a time, for their checksums.
+        Whether to read all tensors, one at a time, to verify their checksums.
 
     Returns
     -------
@@ -152,7 +152,7 @@ def inspect(path: str | os.PathLike[str], *, verify: bool = True) -> Checkpoint:
     CheckpointError
         If the file is no checkpoint, or is damaged.
     OSError
-        If it is not there, or cannot be read.
+        If it does not exist, or cannot be read.
     ImportError
         If safetensors is not installed.
 
@@ -170,7 +170,7 @@ def inspect(path: str | os.PathLike[str], *, verify: bool = True) -> Checkpoint:
     """
     path = file_format.checked_path(path)
     with file_format.opened(path) as reader:
-        with file_format.blaming(path):
+        with file_format.as_checkpoint_error(path):
             checkpoint = parse(reader)
         for name in checkpoint.tensors if verify else ():
             reader.read(name)

@@ -24,45 +24,44 @@ def save(
 ) -> None:
     """Write an optimizer and its parameters to a file from which `load` goes on.
 
-    The file is a safetensors file, which other libraries read too: tensors
-    ``param/<name>``, ``exp_avg/<name>``, ``exp_avg_sq/<name>`` and, where they
-    are kept, ``max_exp_avg_sq/<name>`` and ``ema/<name>``, a parameter without a
-    name being called by its place. All else is in the metadata, with checksums.
+    It is a safetensors file, which other libraries can read. Its tensors are
+    ``param/<name>``, ``exp_avg/<name>``, ``exp_avg_sq/<name>`` and, if the optimizer
+    has them, ``max_exp_avg_sq/<name>`` and ``ema/<name>``. For a parameter without a
+    name, its place stands for the name. All else is in the metadata, with checksums.
     (safetensors writes metadata in any order: two files of one state may differ.)
 
-    It is written beside the file at ``path``, flushed to disk, and then put in
-    its place: whatever happens meanwhile, there is the old file or the new one.
-    Arrays are written from where they lie; only those in Fortran order, or on
-    a device, are copied before.
+    The file is written beside the one at ``path``, flushed to disk, and then put
+    in its place: at every moment there is the old file or the new one.
+    No array is copied in memory, except arrays in Fortran order or on a device.
 
     Parameters
     ----------
     path : path
         The file, commonly ``*.safetensors``, in a folder that exists.
     opt : Adam or what `from_objects` returned
-        The optimizer. Nothing may write to its parameters meanwhile.
+        The optimizer. Nothing may write to its parameters during the save.
     params : bool
         Whether to write the parameters too.
     keep : int
-        How many files to have, > 0: this one at ``path``, and those before it at
+        How many files to keep, > 0: this one at ``path``, and earlier ones at
         ``name.1.suffix``, ``name.2.suffix`` and so on, from new to old. Files with
-        higher numbers are left alone.
+        higher numbers are not touched.
     extra : mapping, optional
-        Whatever else a run needs to go on, made of dict with keys of str, list,
-        str, int, float, bool and None: `load` returns it. Tuples come back as
-        lists, and NumPy's numbers as Python's.
+        Anything else that a run needs when it is resumed, made of dict with keys
+        of str, list, str, int, float, bool and None. `load` returns it, with tuples
+        as lists and NumPy's numbers as Python's.
 
     Raises
     ------
     TypeError, ValueError
         For arguments of the wrong kind.
     OSError
-        If the system refuses: no such folder, no space. The file at ``path`` is
-        then what it was.
+        If the file cannot be written: no such folder, no space. The file at
+        ``path`` is then unchanged.
     ImportError
         If safetensors is not installed.
     RuntimeError
-        If a step is under way.
+        During a step of the optimizer.
 
     Examples
     --------
@@ -113,7 +112,7 @@ def save(
 
 
 def _plain(value: Any, label: str = "extra") -> Any:
-    """Return what JSON has, of NumPy's numbers too; refuse what it would make text of."""
+    """Return a value as JSON has it; refuse what would come back as something else."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, Mapping):

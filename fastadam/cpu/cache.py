@@ -16,20 +16,20 @@ from numba import config
 from numba.core.caching import FunctionCache
 from numba.core.serialize import dumps
 
-if config.CACHE_DIR:  # relative to where the process is now, whatever chdir comes
+if config.CACHE_DIR:  # a relative path must mean the same folder after os.chdir
     config.CACHE_DIR = str(Path(config.CACHE_DIR).absolute())
 
 
-# Parts of the package from which no kernel is made.
+# Parts of the package that hold no code of kernels.
 _WITHOUT_KERNELS = {"bench", "cli", "demo", "machine.py"}
-# Parts of the names of those of Numba's settings that are no part of the key: they change no
-# machine code, and differ between processes of one machine. All others are, though many of them
-# change none: so what a later Numba brings is not forgotten.
+# All of Numba's settings are part of the key, so that one which a later Numba adds is not
+# forgotten; except those with one of these in their name, which change no machine code and
+# differ between the processes of one machine.
 _NOT_IN_KEY = ("CACHE", "CUDA", "THREAD", "GDB_BINARY")
 
 
 def sources() -> list[tuple[str, Path]]:
-    """Return every source that the kernels may be made of: its place in the package, its path."""
+    """Return every source file that may change a kernel: its place in the package, its path."""
     root = Path(sys.modules[__name__.partition(".")[0]].__path__[0])
     paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
     return sorted(
@@ -41,12 +41,12 @@ def sources() -> list[tuple[str, Path]]:
 
 @functools.cache
 def source_digest() -> str:
-    """Return a digest of all these sources.
+    """Return a digest of these source files.
 
     Raises
     ------
     FileNotFoundError
-        If the sources are not there to read, as in a zip file.
+        If the source files cannot be read, as in a zip file.
     """
     digest = hashlib.sha256()
     found = sources()
@@ -59,7 +59,7 @@ def source_digest() -> str:
 
 
 def settings() -> list[tuple[str, str]]:
-    """Return Numba's settings, as they are now, that are part of the key."""
+    """Return those of Numba's settings that are part of the key, with their values of now."""
     return [
         (name, repr(value))
         for name, value in sorted(vars(config).items())
@@ -68,24 +68,24 @@ def settings() -> list[tuple[str, str]]:
 
 
 class KernelCache(FunctionCache):  # type: ignore[misc]
-    """Numba's cache with one file for each key, and a key of all that matters.
+    """Numba's cache, but with a key of all that matters, and one file for each key.
 
-    Numba's own key is the source of the one file that holds the function: it
-    serves old machine code after an edit to another file, and mixes up serial
-    and parallel code of one function. Its index and data are two files, which
-    processes that start at once can leave out of step. Here a file is named
-    for the digest of everything that the code depends on, is written whole or
-    not at all, and is checked before use.
+    Numba's own key knows only the file that holds the function. So it returns old
+    machine code after an edit to another file, and cannot tell serial from parallel
+    code of one function. Its index and its data are two files, which do not match
+    if two processes write at once. Here the name of a file is the digest of
+    everything that the code depends on; a file is written whole or not at all,
+    and its checksum is verified before it is used.
     """
 
     def __init__(self, function: Callable[..., Any], variant: str) -> None:
         super().__init__(function)
         self._folder = Path(self.cache_path).absolute()
-        what = (function.__module__, function.__qualname__, variant, source_digest())
-        self._what = (*what, numba.__version__, llvmlite.__version__, sys.version)
+        parts = (function.__module__, function.__qualname__, variant, source_digest())
+        self._depends_on = (*parts, numba.__version__, llvmlite.__version__, sys.version)
 
     def _path(self, signature: Any, codegen: Any) -> Path:
-        key = repr((self._what, str(signature), codegen.magic_tuple(), settings()))
+        key = repr((self._depends_on, str(signature), codegen.magic_tuple(), settings()))
         name = f"{self._py_func.__name__}-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
         return self._folder / f"fastadam.{name}.nbc"
 
@@ -106,7 +106,7 @@ class KernelCache(FunctionCache):  # type: ignore[misc]
         path = self._path(signature, result.codegen)
         data = dumps(self._impl.reduce(result))
         temporary = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
-        # A full disk, or a folder gone read-only, costs time, not the step.
+        # With a full disk or a read-only folder the next process compiles again; no step fails.
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:

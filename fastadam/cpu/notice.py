@@ -1,4 +1,4 @@
-"""What a user is told while the first compile keeps him waiting."""
+"""The message that says why the first step takes seconds: it is being compiled."""
 
 import contextlib
 import logging
@@ -7,31 +7,31 @@ import sys
 from pathlib import Path
 
 _log = logging.getLogger("fastadam")
-_told = False
+_announced = False
 
 
 def compiling(folder: str | None) -> None:
-    """Say, once in a process, that something is being compiled, and whether it is kept.
+    """Say once in a process that something is being compiled, and where it is kept.
 
-    To the logger ``fastadam``, at level INFO, and on stderr where that is a
-    terminal. Not at all with ``FASTADAM_QUIET=1`` in the environment.
+    To the logger ``fastadam``, at level INFO, and on stderr if that is a
+    terminal. With ``FASTADAM_QUIET=1`` in the environment, say nothing.
 
     Parameters
     ----------
     folder : str, optional
-        Where the compiled code is to be kept, None for nowhere.
+        Where the compiled code is kept, None if nowhere.
     """
-    global _told
-    if _told or os.environ.get("FASTADAM_QUIET", "0") not in ("", "0"):
+    global _announced
+    if _announced or os.environ.get("FASTADAM_QUIET", "0") not in ("", "0"):
         return
-    _told = True
+    _announced = True
     kept = f"once: the code is kept in {folder}"
     if folder is None or not _can_be_written(Path(folder)):
         kept = "in every process: the code cannot be kept"
         kept += ", no folder is writable" if folder is None else f" in {folder}, not writable"
         kept += " (NUMBA_CACHE_DIR can name another)"
     text = f"compiling for this processor, which takes some seconds, {kept}"
-    # Neither a handler of the user's nor a closed terminal may stop the compiler.
+    # A log handler of the user's that raises, or a closed terminal, must not stop the compiler.
     with contextlib.suppress(Exception):
         _log.info(text)
     with contextlib.suppress(Exception):
@@ -41,5 +41,5 @@ def compiling(folder: str | None) -> None:
 
 
 def _can_be_written(folder: Path) -> bool:
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    return os.access(there, os.W_OK)
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return os.access(existing, os.W_OK)

@@ -9,10 +9,9 @@ import numpy.typing as npt
 class CPUParams:
     """Parameters of a torch module on the CPU, as arrays that fastadam updates.
 
-    Torch's parameters and these arrays share memory. The arrays hold on to
-    where a parameter lay when this was made, and torch may give it other memory
-    later: ``param.data = other``, ``module.to(...)`` and ``module.half()`` do.
-    `grads` then raises, rather than let the optimizer go on in the old memory.
+    Torch's parameters and these arrays share memory. Torch may give a parameter
+    other memory later: ``param.data = other``, ``module.to(...)`` and
+    ``module.half()`` do. The arrays stay in the old memory, so `grads` then raises.
 
     Parameters
     ----------
@@ -88,7 +87,7 @@ _NAMED = "named_parameters must be pairs of name and tensor, got {}; give model.
 
 
 def _entries(given: Any) -> Iterable[Any]:
-    # A module may be iterable, too.
+    # A module can be iterable, but has no pairs.
     if hasattr(given, "named_parameters") or not isinstance(given, Iterable):
         raise TypeError(_NAMED.format(type(given).__qualname__))
     return given

@@ -1,4 +1,4 @@
-"""What is wrong with a state_dict of torch's or of ours, part by part, every part looked at."""
+"""Read the parts of a state_dict of torch's or of fastadam's, and note all that is wrong."""
 
 import math
 from collections import Counter
@@ -44,7 +44,7 @@ def split(state_dict: Any, label: str) -> tuple[Mapping[Any, Any], Sequence[Any]
 def members_of_groups(
     state: Mapping[Any, Any], groups: Sequence[Any], needed: Sequence[str], wrong: list[str]
 ) -> list[list[Any]]:
-    """Return what the parameters of each group are called; note what is missing or too much."""
+    """Return the names of each group's parameters; note what is missing or too much."""
     members: list[list[Any]] = []
     for k, group in enumerate(groups):
         members.append([])
@@ -87,7 +87,7 @@ def checked_options(group: Mapping[str, Any], k: int, wrong: list[str]) -> dict[
 def too_large_for_dtypes(
     options: Mapping[str, Any], states: Sequence[Mapping[str, Any]], k: int
 ) -> list[str]:
-    """Return what the parameters' own dtypes cannot hold."""
+    """Return which hyperparameters the dtypes of the group's parameters cannot hold."""
     wrong = []
     for dtype in {state["exp_avg"].dtype for state in states}:
         try:
@@ -113,7 +113,7 @@ def pairing_mismatches(
 
 
 def own_mismatches(entry: Mapping[str, Any], names: Sequence[str], place: str) -> list[str]:
-    """Return what keeps a parameter's state of fastadam's from being torch's."""
+    """Return why a parameter's state of fastadam's cannot become torch's."""
     wrong = [f"{place} has no {name!r}" for name in ("step", *names) if name not in entry]
     known = ("step", *names, "ema")
     wrong += [f"{place} has {name!r}, which Adam has not" for name in entry if name not in known]
@@ -173,7 +173,7 @@ def read_state(
 
 
 def _difference(value: Any, like: npt.NDArray[Any], label: str) -> list[str]:
-    """Return how a tensor's dtype or shape is another than an array's."""
+    """Return how a tensor's dtype or shape differs from an array's."""
     if not (hasattr(value, "dtype") and hasattr(value, "shape")):
         return [f"{label} is no tensor"]
     # By its name, torch.float32, since NumPy has not all of torch's dtypes.
@@ -200,7 +200,7 @@ def _as_number(value: Any) -> Any:
 
 
 def _as_step(value: Any) -> int | None:
-    """Return a count as an int, None for what is none."""
+    """Return a count of steps as an int, or None if it is none."""
     number = _as_number(value)
     if checks.is_real(number) and 0 <= number < 2**62 and number == int(number):
         return int(number)

@@ -26,20 +26,20 @@ _TORCHS_OWN = {"foreach": None, "capturable": False, "differentiable": False, "f
 def to_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Return an optimizer's state in the form that torch loads.
 
-    Parameters are numbered in the order of the groups' ``"params"``; torch's
-    optimizer must be given them in that order. Load what has decoupled
-    decay, or none, into ``torch.optim.AdamW`` or ``Adam``, and L2 decay into
-    ``Adam`` alone: ``AdamW`` decouples whatever it loads.
+    Parameters are numbered in the order of the groups' ``"params"``; give them
+    to torch's optimizer in that order. Load a state with decoupled decay into
+    ``torch.optim.AdamW``, one with L2 decay into ``Adam``, one without decay into
+    either: ``AdamW`` treats any decay that it loads as decoupled.
 
-    torch has no place for the averages (``"ema"``) nor for ``"step_count"``.
-    ``"lr"`` is the one before the schedule; a scheduler of torch's has to be
-    brought to the same step by itself.
+    torch has no place for the averages (``"ema"``) and ``"step_count"``; they are
+    left out. ``"lr"`` is the one before the schedule; set a scheduler of torch's
+    to the same step yourself.
 
-    torch's ``foreach``, ``capturable``, ``differentiable`` and ``fused`` are
-    at their defaults, which loading puts in the place of the optimizer's own:
-    set them in the groups returned, before they are loaded. Fused kernels of
-    torch's take it for granted that state lies in memory as its parameter
-    does; here it lies as fastadam's parameter does.
+    torch's ``foreach``, ``capturable``, ``differentiable`` and ``fused`` have
+    their default values here, and loading replaces the optimizer's own by them:
+    set them in the returned groups before you load. torch's fused kernels
+    assume that state has the memory order of its parameter; here it has that
+    of fastadam's parameter.
 
     Parameters
     ----------
@@ -120,21 +120,21 @@ def to_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 def from_torch(torch_state_dict: Mapping[str, Any], opt: Adam) -> dict[str, Any]:
     """Return a torch optimizer's state in the form that fastadam loads.
 
-    The file's parameters and `opt`'s are paired by their order, group by
-    group; names in the file matter only where they are `opt`'s own in another
-    order, which is refused. This needs no torch: tensors are whatever has
-    ``.detach().cpu().numpy()``, or NumPy arrays.
+    Parameters are paired by their order, group by group. Names in the file are
+    not used, but if they are `opt`'s names in another order, that is refused.
+    This needs no torch: a tensor is anything with ``.detach().cpu().numpy()``,
+    or a NumPy array.
 
     A parameter without state in the file gets zeros and step 0.
-    ``"step_count"``, the schedule's next step, is the largest of the steps,
-    and ``"ema"``, which torch lacks, `opt`'s own of now. Hyperparameters are
-    the file's. Files of older versions of torch may lack
-    ``decoupled_weight_decay``, then `opt`'s own, and ``maximize``, then False.
+    ``"step_count"``, the schedule's next step, is the largest of the steps.
+    ``"ema"``, which torch lacks, is what `opt` has now. Hyperparameters are
+    the file's. Where files of older versions of torch lack them,
+    ``decoupled_weight_decay`` is `opt`'s and ``maximize`` is False.
 
-    Two things to know. After a scheduler of torch's, ``"lr"`` is the one with
-    the scheduler's factor, and the one without it the group's
-    ``"initial_lr"``: set ``opt.lr`` where `opt` has a schedule. And torch's
-    own count of steps, in float32, stops at 2**24.
+    Two things to know. If torch's optimizer had a scheduler, ``"lr"`` includes
+    the scheduler's factor, and the group's ``"initial_lr"`` does not: if `opt` has
+    a schedule, set ``opt.lr`` to that. And torch counts steps in float32, so its
+    count stops at 2**24.
 
     Parameters
     ----------

@@ -31,7 +31,7 @@ class Terminal(io.StringIO):
 def cache(monkeypatch, tmp_path):
     """A process that has compiled nothing yet, and its empty cache."""
     monkeypatch.delenv("FASTADAM_QUIET", raising=False)
-    monkeypatch.setattr(notice, "_told", False)
+    monkeypatch.setattr(notice, "_announced", False)
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -52,12 +52,11 @@ def test_one_line_on_a_terminal(cache, monkeypatch):
     (path,) = cache.rglob("fastadam.double-*.nbc")
     assert line.endswith(f", once: the code is kept in {path.parent}")
     # As a later process, which finds the file.
-    monkeypatch.setattr(notice, "_told", False)
+    monkeypatch.setattr(notice, "_announced", False)
     assert intrinsics.kernel(double, FLOAT)(3.0) == 6.0
     assert terminal.getvalue() == said
-    assert (
-        intrinsics.kernel(double, (types.int64,))(3) == 6
-    )  # another type, for which there is none
+    # Another type, for which there is none.
+    assert intrinsics.kernel(double, (types.int64,))(3) == 6
     assert len(terminal.getvalue().splitlines()) == 2
 
 
