@@ -3,7 +3,8 @@
 import threading
 from typing import Any
 
-from .adam import Adam, take_turn
+from .adam import Adam
+from .saveable import take_turn
 
 
 class Adapter:

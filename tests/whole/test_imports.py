@@ -10,7 +10,7 @@ import fastadam
 
 ROOT = Path(fastadam.__file__).parent
 CORE = ["runtime", "params", "state", "update", "cpu", "cuda", "backends"]
-FACADES = ["adam", "functional", "schedules"]
+FACADES = ["adam", "functional", "saveable", "schedules"]
 # What each room, a folder or a file of the package, may import beside itself.
 MAY_IMPORT = {
     "version": [],
@@ -22,9 +22,10 @@ MAY_IMPORT = {
     "cuda": ["runtime", "params", "state", "update", "cpu"],
     "backends": ["runtime", "params", "state", "update", "cpu", "cuda"],
     "schedules": ["params"],
-    "adam": CORE,
+    "saveable": CORE,
+    "adam": [*CORE, "saveable"],
     "functional": CORE,
-    "adapter": ["adam"],
+    "adapter": ["adam", "saveable"],
     # One door to each ecosystem; none knows another.
     "checkpoint": [*CORE, *FACADES, "adapter", "version"],
     "compiling": [*CORE, "adam", "adapter"],
