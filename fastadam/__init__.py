@@ -6,7 +6,7 @@ from . import objects as objects
 from .adam import Adam, AdamW
 from .compiling import compile  # noqa: A004
 from .objects import from_objects
-from .runtime import alone
+from .runtime import kernel_lock
 from .update.result import StepResult
 from .version import __version__
 
@@ -42,7 +42,7 @@ def __getattr__(name: str) -> Any:
     # A fork waits for it: a child cannot end what another thread has begun. (And not
     # `from . import ...`, which would ask here again.)
     module: Any
-    with alone:
+    with kernel_lock:
         if name == "schedules":
             import fastadam.schedules as module
         elif name == "torch":

@@ -12,8 +12,8 @@ from .params.containers import FixedSequence, check_any_given, check_same
 from .params.groups import Groups, counted, describe
 from .params.names import Absent, check_attribute, check_keywords
 from .params.types import Betas, Grads, Group, Nonfinite, NotGiven, Params, Schedule
-from .runtime import alone, register, undisturbed
-from .saveable import Saveable, have_torch_load_state, take_turn
+from .runtime import kernel_lock, register_after_fork, signals_deferred
+from .saveable import Saveable, allow_state_in_torch_load, take_turn
 from .state.param_state import new_states
 from .update.result import StepResult
 from .update.scalars import Scalars
@@ -169,8 +169,8 @@ class Adam(Saveable):
         groups.take(backends.of(groups.arrays), new_states)
         self._install(groups, np.zeros(len(groups.states), dtype=np.int64), 0)
         self._lock = threading.Lock()
-        register(self)
-        have_torch_load_state()
+        register_after_fork(self)
+        allow_state_in_torch_load()
 
     def _after_fork(self) -> None:
         """Be usable in a forked child: no thread that was in a step is there to end it."""
@@ -192,7 +192,7 @@ class Adam(Saveable):
         }
         # So that Ctrl-C cannot leave the old beside the new. (Not by way of vars(self): once
         # Python has made that dict, every attribute takes it longer to find.)
-        with alone, undisturbed():
+        with kernel_lock, signals_deferred():
             for name, value in new.items():
                 setattr(self, name, value)
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from .params.groups import Groups
 from .params.kinds import on_device
-from .runtime import alone, undisturbed
+from .runtime import kernel_lock, signals_deferred
 from .state.param_state import ParamState
 from .update.result import StepResult
 from .update.scalars import Scalars
@@ -111,7 +111,7 @@ def _imported(device: bool) -> Backend:
     A fork waits for it, since a child could never end what a thread of its parent
     has begun to import; and Ctrl-C, since Numba cannot be imported a second time.
     """
-    with alone, undisturbed():
+    with kernel_lock, signals_deferred():
         if device:
             from .cuda import backend as cuda_backend
 

@@ -13,7 +13,7 @@ from .adapter import Adapter
 from .params.checks import as_float, is_real
 from .params.names import Absent, check_attribute, check_keywords
 from .params.types import Nonfinite
-from .runtime import Unchanged, register, undisturbed
+from .runtime import Unchanged, register_after_fork, signals_deferred
 from .update.result import StepResult
 
 __all__ = ["ObjectAdam", "from_objects"]
@@ -118,7 +118,7 @@ class ObjectAdam(Adapter):
         self._pull()
         # The gradients of a step under way, and the count of steps before it.
         self._under_way: tuple[list[Any], int] | None = None
-        register(self)
+        register_after_fork(self)
         params = dict(zip(self._numbers, _each(self._values), strict=True)) | self._arrays
         self.optimizer = Adam([params[k] for k in range(len(params))], lr, betas, eps, **options)
 
@@ -167,7 +167,7 @@ class ObjectAdam(Adapter):
         with self._turn():
             self._read_numbers()
             grads = self._read_grads()
-            with undisturbed():
+            with signals_deferred():
                 self._under_way = grads, self.optimizer.step_count
                 try:
                     result = self.optimizer.step(grads, grad_scale=grad_scale, zero_grad=True)

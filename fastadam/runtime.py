@@ -20,7 +20,7 @@ import numpy as np
 # workqueue aborts the process where two run at once. And a fork, which takes it as well, copies
 # no arrays that are half written and no modules that are half imported. The thread that has it
 # may take it again, as the handler of a signal does.
-alone = threading.RLock()
+kernel_lock = threading.RLock()
 
 # ----------------------------------------------------------------------------- signals
 
@@ -29,12 +29,12 @@ alone = threading.RLock()
 _TRIES = signal.NSIG
 
 # As plain numbers, and with the functions of `_signal`: those of `signal` make an Enum of each
-# result, and `undisturbed` would take 90 us instead of 4.
+# result, and `signals_deferred` would take 90 us instead of 4.
 _SIGNALS = [int(number) for number in signal.valid_signals()]
 
 
 @contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
+def signals_deferred() -> Iterator[None]:
     """Call no handler of a signal before the end of this; then call those that are due.
 
     For code in which an exception, as Ctrl-C raises one, would leave something
@@ -206,7 +206,7 @@ class _Reference(weakref.ref[Any]):
 _owners: set[_Reference] = set()
 
 
-def register(owner: Any) -> None:
+def register_after_fork(owner: Any) -> None:
     """Have ``owner._after_fork()`` called in forked children, as long as it lives."""
     # The set's own method: as Python exits, Python's own weak sets may be gone already.
     _owners.add(_Reference(owner, _owners.discard))
@@ -235,7 +235,7 @@ def _locks_of_a_fork() -> list[Any]:
     is when a compiled function is deleted (the last tests on forks in tests/runtime).
     They are the locks inside Numba's own, which run Python code that a signal may end.
     """
-    locks: list[Any] = [alone]
+    locks: list[Any] = [kernel_lock]
     for module, *names in (
         ("numba.core.compiler_lock", "global_compiler_lock", "_lock"),
         ("numba.np.ufunc.parallel", "_backend_init_thread_lock"),
@@ -255,7 +255,7 @@ def _before_fork() -> None:
         if fork.locks:
             break
         # Python would print an exception from a signal's handler, and fork without the locks.
-        with contextlib.suppress(BaseException), undisturbed():
+        with contextlib.suppress(BaseException), signals_deferred():
             for lock in _locks_of_a_fork():
                 lock.acquire()
                 fork.locks.append(lock)
@@ -267,7 +267,7 @@ def _before_fork() -> None:
 
 
 def _release() -> None:
-    with undisturbed():
+    with signals_deferred():
         while _fork.locks:
             _fork.locks.pop().release()
         _fork.openmp_works = _fork.parallel_works = False

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from . import backends
 from .params.groups import Groups, ParamGroup
-from .runtime import Unchanged, alone, register, undisturbed
+from .runtime import Unchanged, kernel_lock, register_after_fork, signals_deferred
 from .state.param_state import ParamState, by_group, rehouse
 from .state.state_dict import LoadedState, export_state, import_state
 from .state.torch_load import allow_arrays_in_torch_load
@@ -84,7 +84,7 @@ class Saveable:
         >>> opt.state_dict()["state"]["w"]["exp_avg"]
         array([0.1, 0.1])
         """
-        have_torch_load_state()
+        allow_state_in_torch_load()
         with take_turn(self._lock):
             return self._export_state()
 
@@ -139,7 +139,7 @@ class Saveable:
     def _take_over(self, loaded: LoadedState) -> None:
         """Write all of a state that fits, or nothing, whatever signals arrive."""
         backend, stepper = self._backend, self._stepper
-        with alone, undisturbed():
+        with kernel_lock, signals_deferred():
             self._loads += 1
             while loaded.targets:  # each source is let go as soon as it is written
                 backend.assign(loaded.targets.pop(), loaded.sources.pop())
@@ -179,13 +179,13 @@ class Saveable:
             rehouse(members, groups.state_options, self._backend)
         self._install(self._groups, steps, step_count)
         self._lock = threading.Lock()
-        register(self)
+        register_after_fork(self)
 
     def __copy__(self) -> "Saveable":
         raise TypeError("copy.copy would share params and state: use copy.deepcopy")
 
 
-def have_torch_load_state() -> None:
+def allow_state_in_torch_load() -> None:
     """Have ``torch.load`` take a state_dict, in a program that uses torch."""
     if "torch" in sys.modules:
         allow_arrays_in_torch_load()

@@ -7,7 +7,7 @@ from dataclasses import replace
 from ..adam import Adam
 from ..adapter import Adapter, adapter_of
 from ..params import checks
-from ..runtime import alone, undisturbed
+from ..runtime import kernel_lock, signals_deferred
 from ..state.state_dict import LoadedState
 from . import file_format
 from .description import Checkpoint, parse
@@ -126,7 +126,7 @@ def load(
             step_count = step_count if partial else checkpoint.step_count
         targets = [target for target, _ in fit.tensors]
         loaded = LoadedState(targets, sources, steps, step_count, fit.options, fit.settings)
-        with alone, undisturbed():
+        with kernel_lock, signals_deferred():
             optimizer._take_over(loaded)
             if params:
                 adapter._push()

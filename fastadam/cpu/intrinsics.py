@@ -10,7 +10,7 @@ from numba import carray, config, get_num_threads, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ..runtime import alone, undisturbed
+from ..runtime import kernel_lock, signals_deferred
 from ..state import roles
 from ..update.formula import bind
 from . import notice
@@ -52,9 +52,9 @@ def kernel(
     """
     if config.DISABLE_JIT:
         return _refuse
-    with undisturbed():
+    with signals_deferred():
         if parallel:
-            with alone:  # launches them, without which `thread_count` has nothing to call
+            with kernel_lock:  # launches them, without which `thread_count` has nothing to call
                 get_num_threads()
         bound = bind(function, **constants)
         dispatcher = njit(parallel=parallel, nogil=parallel, **FLAGS)(bound)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from numba import config
 
 from ..params.arrays import address
-from ..runtime import alone, parallel_works
+from ..runtime import kernel_lock, parallel_works
 from ..update import layout
 from ..update.limits import clip_coefficient, is_exact, scale_for
 from ..update.result import StepResult
@@ -147,7 +147,7 @@ class Stepper:
         The gradients are multiplied by ``clip``.
         """
         updates = self._update_kernels(zero_grad)
-        with alone:
+        with kernel_lock:
             if len(updates) == 1:
                 return updates[0](self._context, 0, clip) - 1  # type: ignore[no-any-return]
             if not updates:
@@ -256,7 +256,7 @@ class Stepper:
 
     def _measure(self, scale: float, *, largest: bool = False) -> float:
         """Sum the squares of the gradients, times a factor, or find the largest of them."""
-        with alone:
+        with kernel_lock:
             found = [
                 self._sum_kernel(context, largest=largest)(context.address, scale)
                 for context in self.contexts

@@ -30,7 +30,7 @@ ADDED = 1 / 16
 PASSES, NEXT_SERIAL, SERIAL = range(3)
 STATE_SIZE = 3
 
-# Nanoseconds saved, less those lost. Only who holds `_threads.alone` writes here.
+# Nanoseconds saved, less those lost. Only who holds `runtime.kernel_lock` writes here.
 balance = np.zeros(1)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from numba import config
 
-from ..runtime import undisturbed
+from ..runtime import signals_deferred
 from ..update.formula import bind
 
 EXTRAS = "pip install 'fastadam[cuda13]', or 'fastadam[cuda12]' for a driver of CUDA 12"
@@ -64,14 +64,14 @@ class Kernel:
         """The kernel for the device in use."""
         if SIMULATED:
             return cuda.jit(simulator.Quiet(self.function))
-        with undisturbed():
+        with signals_deferred():
             return cuda.jit(self.signature, launch_bounds=self.bounds)(self.function)
 
     def prepare(self) -> None:
         """Compile it, and load it on the current device, now."""
         with relaxed():
             compiled = self.compiled
-            with undisturbed():
+            with signals_deferred():
                 load_kernel(compiled)
 
     def call(

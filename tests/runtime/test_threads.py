@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import fastadam
-from fastadam.runtime import undisturbed
+from fastadam.runtime import signals_deferred
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
@@ -93,7 +93,7 @@ def handlers():
 def test_handlers_wait_and_each_has_its_turn(handlers):
     came, stop = handlers
 
-    @undisturbed()
+    @signals_deferred()
     def work():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
@@ -108,9 +108,9 @@ def test_handlers_wait_and_each_has_its_turn(handlers):
 def test_one_in_another(handlers):
     came, stop = handlers
 
-    @undisturbed()
+    @signals_deferred()
     def work():
-        with undisturbed():
+        with signals_deferred():
             signal.raise_signal(signal.SIGINT)
         assert not came
 
@@ -122,7 +122,7 @@ def test_one_in_another(handlers):
 
 def test_an_error_goes_through(handlers):
     _, stop = handlers
-    with pytest.raises(ZeroDivisionError), undisturbed():
+    with pytest.raises(ZeroDivisionError), signals_deferred():
         1 / 0  # noqa: B018
     assert signal.getsignal(signal.SIGINT) is stop
 
@@ -132,7 +132,7 @@ def test_other_threads_put_nothing_off(handlers):
     seen = []
 
     def work():
-        with undisturbed():
+        with signals_deferred():
             seen.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=work)
@@ -387,7 +387,7 @@ def test_near_the_limit_of_recursion():
         import inspect, threading
         import numba
         import fastadam
-        from fastadam.runtime import undisturbed
+        from fastadam.runtime import signals_deferred
 
         def handlers():
             return {number: signal.getsignal(number) for number in signal.valid_signals()}
@@ -399,7 +399,7 @@ def test_near_the_limit_of_recursion():
                 climb(height - 1, function)
 
         def put_off():
-            with undisturbed():
+            with signals_deferred():
                 pass
 
         def fork():
