@@ -45,8 +45,8 @@ def signals_deferred() -> Iterator[None]:
     due: list[tuple[Any, ...]] = []
     try:
         if _may_set_handlers():
-            found = zip(_SIGNALS, map(_signal.getsignal, _SIGNALS), strict=True)
-            handlers = {number: handler for number, handler in found if callable(handler)}
+            get = _signal.getsignal
+            handlers = {number: found for number in _SIGNALS if callable(found := get(number))}
             for number in handlers:
                 _signal.signal(number, lambda *arguments: due.append(arguments))
         yield
