@@ -55,7 +55,7 @@ for dtype, dtypes in DTYPES.items():
 
 # Every kernel of the update.
 
-FLAGS = {"amsgrad": True, "ema_decay": 0.75, "zero_grad": True}
+FLAGS = {"amsgrad": True, "ema_decay": 0.9, "zero_grad": True}
 for on in itertools.chain.from_iterable(itertools.combinations(FLAGS, n) for n in range(4)):
     for decay in (0.0, 0.1):
         options = {name: FLAGS[name] for name in on if name != "zero_grad"}
