@@ -27,10 +27,11 @@ def run(optional):
 
     def run_files(names, chosen, at_least):
         folders = [FOLDER, TESTS, TESTS.parent, os.environ.get("PYTHONPATH", "")]
+        own = {"PYTHONPATH": os.pathsep.join(map(str, folders)), "NUMBA_ENABLE_CUDASIM": "0"}
         options = ["-q", "-rf", "--tb=short", "-p", "no:cacheprovider", "-p", "libcuda_driver"]
         done = subprocess.run(
             [sys.executable, "-m", "pytest", *options, "-k", chosen, *names],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))},
+            env={**os.environ, **own},
             cwd=TESTS.parent,
             capture_output=True,
             text=True,
