@@ -46,6 +46,22 @@ def runs(*arguments):
     return lambda lib: same_run(lib, *arguments)
 
 
+def pair(twins, **options):
+    """Return an optimizer on the host, and one on the device."""
+    return [fastadam.Adam(arrays, **options) for arrays in (twins.params, twins.owners)]
+
+
+def step(opts, twins, grads=None, **options):
+    """Take a step with both; what they tell, or raise, must be the same."""
+    if grads is not None:
+        twins.fill(grads)
+    told = [
+        repr(attempt(opt, each, options))
+        for opt, each in zip(opts, (twins.grads, twins.owned_grads), strict=True)
+    ]
+    assert told[0] == told[1]
+
+
 # Every option.
 
 for dtype, dtypes in DTYPES.items():
@@ -57,11 +73,13 @@ for dtype, dtypes in DTYPES.items():
 
 FLAGS = {"amsgrad": True, "ema_decay": 0.9, "zero_grad": True}
 for on in itertools.chain.from_iterable(itertools.combinations(FLAGS, n) for n in range(4)):
-    for decay in (0.0, 0.1):
+    for decoupled in (False, True):  # L2, and what leaves it out
         options = {name: FLAGS[name] for name in on if name != "zero_grad"}
-        mode = ({**options, "weight_decay": decay}, {"zero_grad": "zero_grad" in on})
-        run = runs(("f8", "f4"), mode, 3, 3, (*SHAPES, (1_027,)))
-        case(f"kernel {'+'.join(on) or 'plain'} {decay}", run)
+        options |= {"weight_decay": 0.1, "decoupled_weight_decay": decoupled}
+        run = runs(
+            ("f8", "f4"), (options, {"zero_grad": "zero_grad" in on}), 3, 3, (*SHAPES, (1_027,))
+        )
+        case(f"kernel {'+'.join(on) or 'plain'}{' decoupled' * decoupled}", run)
 
 # Numbers of elements: around chunks, and what is left of each unrolled loop, for parts of
 # 8192 elements and less.
@@ -87,6 +105,23 @@ for dtype in ("f4", "f8"):
             sample=(mode, dtype) == ("everything", "f4"),
         )
 
+
+def alignments(lib, dtype, param, grad):
+    """Four elements are taken at a time only where all of a tensor's arrays are aligned."""
+    twins = Twins(lib, (dtype,), [param, param])
+    twins.shapes = [grad, grad]
+    twins.grads, twins.owned_grads = twins.make(twins.grads)
+    opts = pair(twins, ema_decay=0.9)
+    for _ in range(2):
+        step(opts, twins, twins.draw())
+    twins.check(*opts)
+
+
+for dtype in ("f4", "f8"):
+    for name, param, grad in (("param", [130], (130,)), ("grad", (130,), [130])):
+        run = functools.partial(alignments, dtype=dtype, param=param, grad=grad)
+        case(f"only the {name} is not aligned {dtype}", run)
+
 # Numbers: at the ends of the range, not finite, and anywhere.
 
 FACTORS = {
@@ -101,22 +136,6 @@ for dtype, factors in FACTORS.items():
                 runs((dtype,), mode, 3, 3, ((5,), (1_300,)), factor),
                 sample=mode == "everything" and factor in (1e-44, 1e-170, 1e170),
             )
-
-
-def pair(twins, **options):
-    """Return an optimizer on the host, and one on the device."""
-    return [fastadam.Adam(arrays, **options) for arrays in (twins.params, twins.owners)]
-
-
-def step(opts, twins, grads=None, **options):
-    """Take a step with both; what they tell, or raise, must be the same."""
-    if grads is not None:
-        twins.fill(grads)
-    told = [
-        repr(attempt(opt, each, options))
-        for opt, each in zip(opts, (twins.grads, twins.owned_grads), strict=True)
-    ]
-    assert told[0] == told[1]
 
 
 # Of an array of 1300: each turn of a warp, of what is left of its turns, and the last element.
@@ -137,7 +156,7 @@ def not_finite(lib, dtypes, nonfinite, bad, places):
 for dtype, dtypes in DTYPES.items():
     for nonfinite in ("skip", "raise", "propagate"):
         for bad in (math.nan, math.inf, -math.inf):
-            everywhere = nonfinite == "skip" and math.isnan(bad)
+            everywhere = nonfinite == "skip" and bad != math.inf
             case(
                 f"{bad} {nonfinite} {dtype}",
                 functools.partial(
