@@ -19,7 +19,7 @@ from numba import config
 if config.ENABLE_CUDASIM:
     pytest.skip("reads what is compiled", allow_module_level=True)
 
-from gpu_tools import DTYPES, MODES, Twins, bits, check_state, same_run
+from gpu_tools import DTYPES, MODES, Twins, attempt, bits, check_state, same_run
 from in_place import Arrays, in_place, program_of
 from lazy_driver import Driver
 
@@ -46,6 +46,22 @@ def runs(*arguments):
     return lambda lib: same_run(lib, *arguments)
 
 
+def pair(twins, **options):
+    """Return an optimizer on the host, and one on the device."""
+    return [fastadam.Adam(arrays, **options) for arrays in (twins.params, twins.owners)]
+
+
+def step(opts, twins, grads=None, **options):
+    """Take a step with both; what they tell, or raise, must be the same."""
+    if grads is not None:
+        twins.fill(grads)
+    told = [
+        repr(attempt(opt, each, options))
+        for opt, each in zip(opts, (twins.grads, twins.owned_grads), strict=True)
+    ]
+    assert told[0] == told[1]
+
+
 # Every option.
 
 for dtype, dtypes in DTYPES.items():
@@ -55,13 +71,15 @@ for dtype, dtypes in DTYPES.items():
 
 # Every kernel of the update.
 
-FLAGS = {"amsgrad": True, "ema_decay": 0.75, "zero_grad": True}
+FLAGS = {"amsgrad": True, "ema_decay": 0.9, "zero_grad": True}
 for on in itertools.chain.from_iterable(itertools.combinations(FLAGS, n) for n in range(4)):
-    for decay in (0.0, 0.1):
+    for decoupled in (False, True):  # L2, and what leaves it out
         options = {name: FLAGS[name] for name in on if name != "zero_grad"}
-        mode = ({**options, "weight_decay": decay}, {"zero_grad": "zero_grad" in on})
-        run = runs(("f8", "f4"), mode, 3, 3, (*SHAPES, (1_027,)))
-        case(f"kernel {'+'.join(on) or 'plain'} {decay}", run)
+        options |= {"weight_decay": 0.1, "decoupled_weight_decay": decoupled}
+        run = runs(
+            ("f8", "f4"), (options, {"zero_grad": "zero_grad" in on}), 3, 3, (*SHAPES, (1_027,))
+        )
+        case(f"kernel {'+'.join(on) or 'plain'}{' decoupled' * decoupled}", run)
 
 # Numbers of elements: around chunks, and what is left of each unrolled loop, for parts of
 # 8192 elements and less.
@@ -87,6 +105,23 @@ for dtype in ("f4", "f8"):
             sample=(mode, dtype) == ("everything", "f4"),
         )
 
+
+def alignments(lib, dtype, param, grad):
+    """Four elements are taken at a time only where all of a tensor's arrays are aligned."""
+    twins = Twins(lib, (dtype,), [param, param])
+    twins.shapes = [grad, grad]
+    twins.grads, twins.owned_grads = twins.make(twins.grads)
+    opts = pair(twins, ema_decay=0.9)
+    for _ in range(2):
+        step(opts, twins, twins.draw())
+    twins.check(*opts)
+
+
+for dtype in ("f4", "f8"):
+    for name, param, grad in (("param", [130], (130,)), ("grad", (130,), [130])):
+        run = functools.partial(alignments, dtype=dtype, param=param, grad=grad)
+        case(f"only the {name} is not aligned {dtype}", run)
+
 # Numbers: at the ends of the range, not finite, and anywhere.
 
 FACTORS = {
@@ -109,32 +144,19 @@ PLACES = [*range(0, 512, 33), 512, *range(1_024, 1_300, 33), 1_299]
 
 def not_finite(lib, dtypes, nonfinite, bad, places):
     """A NaN or an infinity, in one place after another."""
-    options = {**EVERYTHING[0], "max_grad_norm": 2.0, "nonfinite": nonfinite}
     twins = Twins(lib, dtypes, ((3,), (1_300,), (33,)))
-    host, device = (fastadam.Adam(arrays, **options) for arrays in (twins.params, twins.owners))
+    opts = pair(twins, **{**EVERYTHING[0], "max_grad_norm": 2.0, "nonfinite": nonfinite})
     for place in places:
         drawn = twins.draw()
         drawn[1][place] = bad
-        twins.fill(drawn)
-        told = [
-            attempt(opt, grads)
-            for opt, grads in ((host, twins.grads), (device, twins.owned_grads))
-        ]
-        assert told[0] == told[1]
-    twins.check(host, device)
-
-
-def attempt(opt, grads):
-    try:
-        return repr(opt.step(grads, zero_grad=True))
-    except FloatingPointError as error:
-        return repr(error)
+        step(opts, twins, drawn, zero_grad=True)
+    twins.check(*opts)
 
 
 for dtype, dtypes in DTYPES.items():
     for nonfinite in ("skip", "raise", "propagate"):
         for bad in (math.nan, math.inf, -math.inf):
-            everywhere = nonfinite == "skip" and math.isnan(bad)
+            everywhere = nonfinite == "skip" and bad != math.inf
             case(
                 f"{bad} {nonfinite} {dtype}",
                 functools.partial(
@@ -150,20 +172,14 @@ for dtype, dtypes in DTYPES.items():
 
 def not_finite_somewhere(lib, dtype, sizes, which):
     """A NaN in one array after another: wherever it is when warps, and parts, are compared."""
-    options = {"max_grad_norm": 2.0, "nonfinite": "raise"}
     twins = Twins(lib, (dtype,), sizes)
-    host, device = (fastadam.Adam(arrays, **options) for arrays in (twins.params, twins.owners))
+    opts = pair(twins, max_grad_norm=2.0, nonfinite="raise")
     for k in which:
         drawn = twins.draw()
         if k is not None:
             drawn[k][-1] = math.nan
-        twins.fill(drawn)
-        told = [
-            attempt(opt, grads)
-            for opt, grads in ((host, twins.grads), (device, twins.owned_grads))
-        ]
-        assert told[0] == told[1]
-    twins.check(host, device)
+        step(opts, twins, drawn)
+    twins.check(*opts)
 
 
 for dtype in ("f4", "f8"):
@@ -173,50 +189,56 @@ for dtype in ("f4", "f8"):
     case(f"nan in each of 22 arrays {dtype}", run)
 
 
+def of_zeros(twins):
+    """Let all parameters be 0."""
+    twins.params, twins.owners = twins.make([np.zeros_like(array) for array in twins.params])
+    return twins
+
+
+def whole_updates(lib, dtype, mode, weight_decay):
+    """From parameters of 0, which become the update: not a digit of it is lost in their sum."""
+    for seed in (1, 2):
+        twins = of_zeros(Twins(lib, (dtype,), ((1_027,), [1_030], [300], [900]), seed))
+        opts = pair(twins, **{**MODES[mode][0], "weight_decay": weight_decay})
+        step(opts, twins, zero_grad=mode == "everything")
+        twins.check(*opts)
+
+
 def smallest_normal_numbers(lib, dtype, mode, weight_decay):
     """Moments that are as large as the smallest normal number, or just less: these become 0."""
     tiny = np.finfo(dtype).tiny
     less, root = np.nextafter(tiny, dtype(0)), np.sqrt(tiny)
     near = np.array([tiny, -tiny, less, -less, root, np.nextafter(root, dtype(0)), 0, 1], dtype)
-    shapes, zero_grad = ((1_027,), [1_030]), mode == "everything"
-    twins = Twins(lib, (dtype,), shapes)
-    twins.params, twins.owners = twins.make([np.zeros_like(array) for array in twins.params])
     # So that a gradient is its moments, and parameters, of which L2 adds a part, stay 0.
     options = {**MODES[mode][0], "betas": (0.0, 0.0), "lr": 0.0, "max_grad_norm": None}
-    options["weight_decay"] = weight_decay
-    host, device = (fastadam.Adam(arrays, **options) for arrays in (twins.params, twins.owners))
+    twins = of_zeros(Twins(lib, (dtype,), ((1_027,), [1_030])))
+    opts = pair(twins, **{**options, "weight_decay": weight_decay})
     for _ in range(3):
-        twins.fill([twins.rng.choice(near, array.shape) for array in twins.grads])
-        host.step(twins.grads, zero_grad=zero_grad)
-        device.step(twins.owned_grads, zero_grad=zero_grad)
-        twins.check(host, device)
+        drawn = [twins.rng.choice(near, array.shape) for array in twins.grads]
+        step(opts, twins, drawn, zero_grad=mode == "everything")
+        twins.check(*opts)
 
 
-for dtype in (np.float32, np.float64):
-    for mode in ("plain", "everything"):
-        for decay in (0.0, 0.1):
-            run = functools.partial(
-                smallest_normal_numbers, dtype=dtype, mode=mode, weight_decay=decay
-            )
-            case(f"smallest normal numbers {mode} {dtype.__name__} {decay}", run)
+for run in (whole_updates, smallest_normal_numbers):
+    for dtype in (np.float32, np.float64):
+        for mode in ("plain", "everything"):
+            for decay in (0.0, 0.1):
+                case(
+                    f"{run.__name__} {mode} {dtype.__name__} {decay}",
+                    functools.partial(run, dtype=dtype, mode=mode, weight_decay=decay),
+                )
 
 
 def out_of_range_by_its_factor(lib):
     """A finite gradient that grad_scale makes infinite in its own type, beside another."""
     twins = Twins(lib, ("f4", "f8"), ((3,), (3,)))
-    options = {"nonfinite": "skip", "max_grad_norm": 1.0}
-    host, device = (fastadam.Adam(arrays, **options) for arrays in (twins.params, twins.owners))
+    opts = pair(twins, nonfinite="skip", max_grad_norm=1.0)
     for scale in (0.5, 1.0, 0.999999999, 1.0000001, 2.0):
         for which in (0, 1):
             drawn = [np.ones(3, "f4"), np.ones(3)]
             drawn[which][1] = np.finfo(drawn[which].dtype).max
-            twins.fill(drawn)
-            told = [
-                repr(opt.step(grads, grad_scale=scale))
-                for opt, grads in ((host, twins.grads), (device, twins.owned_grads))
-            ]
-            assert told[0] == told[1]
-    twins.check(host, device)
+            step(opts, twins, drawn, grad_scale=scale)
+    twins.check(*opts)
 
 
 case("out of range by its factor", out_of_range_by_its_factor)
@@ -227,18 +249,16 @@ case("out of range by its factor", out_of_range_by_its_factor)
 
 def large_step_counts(lib, dtype):
     """The bias corrections of every power of 2, and of other counts, to a billion and more."""
-    options = {"betas": (0.9, 1 - 1e-8), "weight_decay": 0.1}
     twins = Twins(lib, (dtype,), [(4,)] * 40)
-    host, device = (fastadam.Adam(arrays, **options) for arrays in (twins.params, twins.owners))
-    state = host.state_dict()
+    opts = pair(twins, betas=(0.9, 1 - 1e-8), weight_decay=0.1)
+    state = opts[0].state_dict()
     for k, own in enumerate(state["state"].values()):
         own["step"] = [2**k - 1, 3**k % 2**31, 10**7 + k, k][k % 4]
-    for opt in (host, device):
+    for opt in opts:
         opt.load_state_dict(state)
     for _ in range(2):
-        host.step(twins.grads)
-        device.step(twins.owned_grads)
-    twins.check(host, device)
+        step(opts, twins)
+    twins.check(*opts)
 
 
 for dtype in ("f4", "f8"):

@@ -81,9 +81,9 @@ def test_a_step_does_not_wait(driver, lib, options, also):
 
 
 def test_nothing_that_is_on_its_way_is_overwritten(lib):
-    """Hyperparameters, gradients and results, of more steps than there are slots for."""
+    """Hyperparameters, addresses and results, of more steps than there are slots for."""
     twins = Twins(lib, ("f4",), ((9,),))
-    host, device = pair(twins, **LIMITED, schedule=schedules.cosine(300))
+    host, device = pair(twins, max_grad_norm=1.0)
     sets = [(twins.grads, twins.owned_grads), *(twins.make(twins.draw()) for _ in range(2))]
     told = []
     for step in range(80):
