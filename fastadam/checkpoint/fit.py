@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from ..state import roles
 from ..state.param_state import ParamState
 from ..state.roles import PARAM
 from ..state.state_dict import group_mismatches, import_options
@@ -107,7 +108,11 @@ class Fit:
         different = []
         for kind in kinds:
             target, name = wanted[kind], f"{kind}/{self.keys[state.key]}"
-            if kind == "ema" and name not in self._file.tensors and self._partial:
+            if (
+                kind in roles.STARTING_AS_PARAM
+                and name not in self._file.tensors
+                and self._partial
+            ):
                 if not params:
                     continue  # its own
                 name = f"{PARAM}/{self.keys[state.key]}"  # it begins as a copy of them
@@ -120,7 +125,7 @@ class Fit:
                         f"{dtype.name} {shape} in the file, not {target.dtype.name} {target.shape}"
                     )
                 self.tensors.append((target, name))
-            elif kind not in ("max_exp_avg_sq", "ema") and (  # `_check_kinds` has noted those
+            elif kind not in roles.OPTIONAL and (  # `_check_kinds` has noted those
                 kind != PARAM or self._has_params
             ):
                 self.wrong.append(f"the file has no {name!r}")

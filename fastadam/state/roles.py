@@ -44,6 +44,8 @@ PARAM = "param"
 KINDS = (PARAM, *NAMES)
 # Of those, the ones that not every optimizer has.
 OPTIONAL = tuple(role.name for role in ROLES if role.option is not None)
+# Those that begin as the parameter, which can stand for one that is not there.
+STARTING_AS_PARAM = tuple(role.name for role in ROLES if role.starts_as == "param")
 
 
 def kept(options: Iterable[str]) -> tuple[Role, ...]:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..params import checks, hyperparameters
+from ..state import roles
 
 MAX_EXP_AVG_SQ = "max_exp_avg_sq"
 # torch counts in float32, where adding 1 to this leaves it as it is.
@@ -26,7 +27,7 @@ _VALID = {
 
 def moment_names(amsgrad: bool) -> tuple[str, ...]:
     """Return the names of a parameter's arrays, which torch and fastadam share."""
-    return ("exp_avg", "exp_avg_sq", MAX_EXP_AVG_SQ) if amsgrad else ("exp_avg", "exp_avg_sq")
+    return tuple(role.name for role in roles.kept(["amsgrad"] if amsgrad else []))
 
 
 def split(state_dict: Any, label: str) -> tuple[Mapping[Any, Any], Sequence[Any]]:
@@ -115,7 +116,7 @@ def pairing_mismatches(
 def own_mismatches(entry: Mapping[str, Any], names: Sequence[str], place: str) -> list[str]:
     """Return why a parameter's state of fastadam's cannot become torch's."""
     wrong = [f"{place} has no {name!r}" for name in ("step", *names) if name not in entry]
-    known = ("step", *names, "ema")
+    known = ("step", *names, *roles.STARTING_AS_PARAM)
     wrong += [f"{place} has {name!r}, which Adam has not" for name in entry if name not in known]
     if "step" in entry:
         step = _as_step(entry["step"])
