@@ -1,21 +1,20 @@
 """Adam that updates your own arrays in place, in one pass, with the same bits everywhere."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ._compile import compile  # noqa: A004
-from ._result import StepResult
-from ._threads import alone
+from . import objects as objects
 from .adam import Adam, AdamW
-from .interop.objects import from_objects
+from .compiling import compile  # noqa: A004
+from .objects import from_objects
+from .runtime import alone
+from .update.result import StepResult
+from .version import __version__
 
 if TYPE_CHECKING:
     from . import checkpoint as checkpoint
-    from . import interop as interop
     from . import schedules as schedules
+    from . import torch as torch
     from .checkpoint import CheckpointError, load, save
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Adam",
@@ -26,10 +25,11 @@ __all__ = [
     "checkpoint",
     "compile",
     "from_objects",
-    "interop",
     "load",
+    "objects",
     "save",
     "schedules",
+    "torch",
 ]
 
 
@@ -39,9 +39,16 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> Any:
     """Import modules when they are first asked for: most of an import's time."""
-    if name == "schedules" or name in ("checkpoint", "CheckpointError", "load", "save"):
-        module = "schedules" if name == "schedules" else "checkpoint"
-        with alone:  # a fork waits for it: a child cannot end what another thread has begun
-            found = import_module(f".{module}", __name__)
-        return found if name == module else getattr(found, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # A fork waits for it: a child cannot end what another thread has begun. (And not
+    # `from . import ...`, which would ask here again.)
+    module: Any
+    with alone:
+        if name == "schedules":
+            import fastadam.schedules as module
+        elif name == "torch":
+            import fastadam.torch as module
+        elif name in ("checkpoint", "CheckpointError", "load", "save"):
+            import fastadam.checkpoint as module
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return module if name in ("schedules", "torch", "checkpoint") else getattr(module, name)

@@ -3,20 +3,33 @@
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from . import _options
-from ._containers import FixedSequence, check_any_given, check_same
-from ._groups import Groups, counted, describe
-from ._names import Absent, check_attribute, check_keywords
-from ._result import StepResult
-from ._state import LoadedState, export_state, import_state
-from ._threads import Unchanged, each_alone, in_one_go, register
+from . import backends
+from .params import checks, hyperparameters
+from .params.containers import FixedSequence, check_any_given, check_same
+from .params.groups import Groups, ParamGroup, counted, describe
+from .params.names import Absent, check_attribute, check_keywords
+from .params.types import Betas, Grads, Group, Nonfinite, NotGiven, Params, Schedule
+from .runtime import Unchanged, alone, register, undisturbed
+from .state.param_state import ParamState, by_group, new_states, rehouse
+from .state.state_dict import LoadedState, export_state, import_state
+from .state.torch_load import allow_arrays_in_torch_load
+from .update.result import StepResult
+from .update.scalars import Scalars
 
 _new = tuple.__new__
+
+
+class Contents(NamedTuple):
+    """The parameters of an optimizer with their state, each group's options, each one's steps."""
+
+    states: list[ParamState]
+    options: list[ParamGroup]
+    steps: npt.NDArray[np.int64]
 
 
 class Adam:
@@ -116,9 +129,12 @@ class Adam:
     True
     """
 
+    # Beside the public methods, the rest of the package uses `_turn`, `_contents`, `_take_over`,
+    # `_export_state` and `_compilations`, and `Unchanged` uses `_version` and `_copies`.
+
     _groups: Groups
-    _plan: Any
-    _scalars: Any
+    _stepper: backends.Stepper
+    _scalars: Scalars
     _flatten: Callable[[Any], tuple[Any, ...]]
     # The gradients of our own, made when first asked for: as the user has them, and in a row.
     _grads: Any
@@ -137,21 +153,21 @@ class Adam:
     @check_keywords()
     def __init__(
         self,
-        params: Any,
+        params: Params,
         lr: float = 1e-2,
-        betas: tuple[float, float] = (0.9, 0.95),
+        betas: Betas = (0.9, 0.95),
         eps: float = 1e-8,
         *,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = False,
         amsgrad: bool = False,
         maximize: bool = False,
-        schedule: Callable[[int], float] | None = None,
+        schedule: Schedule | None = None,
         max_grad_norm: float | None = None,
-        nonfinite: str = "propagate",
+        nonfinite: Nonfinite = "propagate",
         ema_decay: float | None = None,
     ) -> None:
-        defaults = _options.check_options(
+        defaults = hyperparameters.check_options(
             {
                 "lr": lr,
                 "betas": betas,
@@ -161,41 +177,47 @@ class Adam:
                 "maximize": maximize,
             }
         )
-        amsgrad = _options.flag(amsgrad, "amsgrad")
-        self._schedule = _options.check_schedule(schedule)
-        self._max_grad_norm = _options.check_max_grad_norm(max_grad_norm)
-        self._nonfinite = _options.check_nonfinite(nonfinite)
-        ema_decay = _options.check_ema_decay(ema_decay)
+        amsgrad = checks.flag(amsgrad, "amsgrad")
+        self._schedule = hyperparameters.check_schedule(schedule)
+        self._max_grad_norm = hyperparameters.check_max_grad_norm(max_grad_norm)
+        self._nonfinite = hyperparameters.check_nonfinite(nonfinite)
+        ema_decay = hyperparameters.check_ema_decay(ema_decay)
         groups = Groups(params, defaults, amsgrad=amsgrad, ema_decay=ema_decay)
+        groups.take(backends.of(groups.arrays), new_states)
         self._install(groups, np.zeros(len(groups.states), dtype=np.int64), 0)
         self._lock = threading.Lock()
         register(self)
         have_torch_load_state()
 
+    @property
+    def _backend(self) -> backends.Backend:
+        return backends.of(self._groups.arrays)
+
     def _after_fork(self) -> None:
         """Be usable in a forked child: no thread that was in a step is there to end it."""
         self._lock = threading.Lock()
-        self._plan.choose_kernels()
+        self._stepper.choose_kernels()
 
     def _install(self, groups: Groups, steps: Any, step_count: int) -> None:
         """Lay out the tables that the kernels read; raise before anything is replaced."""
-        backend = groups.backend
-        scalars = backend.Scalars(groups)
-        plan = backend.Plan(groups.states, groups.labels, steps, step_count, scalars)
+        backend = backends.of(groups.arrays)
+        scalars = backend.make_scalars(groups)
+        stepper = backend.make_stepper(groups.states, groups.labels, steps, step_count, scalars)
         new = {
             "_groups": groups,
-            "_plan": plan,
+            "_stepper": stepper,
             "_scalars": scalars,
             "_flatten": groups.flattener(),
             "_grads": None,
             "_own_grads": (),
         }
         # So that Ctrl-C cannot leave the old beside the new. (Not by way of vars(self): once
-        # Python has made that dict, every attribute takes it longer to find. And not by
-        # `__setattr__`, which is Python's.)
-        in_one_go([(object.__setattr__, self, *pair) for pair in new.items()])
+        # Python has made that dict, every attribute takes it longer to find.)
+        with alone, undisturbed():
+            for name, value in new.items():
+                setattr(self, name, value)
 
-    def add_param_group(self, group: Mapping[str, Any]) -> None:
+    def add_param_group(self, group: Group) -> None:
         """Add parameters; from the next step on, ``grads`` has one entry a group.
 
         Parameters
@@ -223,12 +245,13 @@ class Adam:
         """
         with take_turn(self._lock):
             groups = self._groups.extended(group)
+            groups.take(backends.of(groups.arrays), new_states)
             steps = np.zeros(len(groups.states), dtype=np.int64)
-            steps[: len(self._groups.states)] = self._plan.steps
+            steps[: len(self._groups.states)] = self._stepper.steps
             self._install(groups, steps, self.step_count)
 
     def step(
-        self, grads: Any = ..., *, grad_scale: float = 1.0, zero_grad: bool = False
+        self, grads: Grads | NotGiven = ..., *, grad_scale: float = 1.0, zero_grad: bool = False
     ) -> StepResult:
         """Update every parameter that has a gradient, in place.
 
@@ -281,7 +304,7 @@ class Adam:
                [-0.5, -0.5]]), array([0., 0.]))
         """
         with take_turn(self._lock):
-            plan = self._plan
+            stepper = self._stepper
             # The user's own code first, in containers and schedule; then nothing but ours
             # until the kernel has run. The tuple keeps the gradients alive that long.
             if grads is ... or (grads is self._grads and grads is not None):
@@ -291,16 +314,12 @@ class Adam:
                 if flat and flat[0] is None:  # most steps look no further
                     check_any_given(flat)
             if zero_grad is not False:
-                zero_grad = _options.flag(zero_grad, "zero_grad")
-            lr = self._scalars.refresh(plan.step_count, self._schedule, grad_scale)
+                zero_grad = checks.flag(zero_grad, "zero_grad")
+            lr = self._scalars.refresh(stepper.step_count, self._schedule, grad_scale)
             if self._max_grad_norm is None and self._nonfinite == "propagate":
                 # What StepResult(...) does, in half the time.
-                return _new(StepResult, (plan.step(flat, zero_grad), lr, None, False))
-
-            result: StepResult = plan.limited_step(
-                flat, zero_grad, lr, self._max_grad_norm, self._nonfinite
-            )
-            return result
+                return _new(StepResult, (stepper.step(flat, zero_grad), lr, None, False))
+            return stepper.limited_step(flat, zero_grad, self._max_grad_norm, self._nonfinite)
 
     def prepare_replay(self, *, grad_scale: float = 1.0) -> None:
         """Bring up to date what a CUDA graph with a step of this optimizer will read.
@@ -325,14 +344,13 @@ class Adam:
             checked and are not to be now, or the reverse; if a step is under way.
         """
         with take_turn(self._lock):
-            self._scalars.refresh(self._plan.step_count, self._schedule, grad_scale)
-            self._plan.prepare_replay(self._max_grad_norm, self._nonfinite)
+            self._scalars.refresh(self._stepper.step_count, self._schedule, grad_scale)
+            self._stepper.prepare_replay(self._max_grad_norm, self._nonfinite)
 
-    def _rehearsals(self) -> tuple[Any, list[tuple[Any, tuple[Any, ...]]]]:
-        """Return calls of all kernels that `step` may need, each on nothing, and who keeps it."""
-        plan = self._plan
+    def _compilations(self) -> list[Callable[[], object]]:
+        """Return calls that each make ready a kernel that `step` may need."""
         limited = self._max_grad_norm is not None or self._nonfinite != "propagate"
-        return plan, plan.rehearsals(self._nonfinite if limited else None)
+        return self._stepper.compilations(self._nonfinite if limited else None)
 
     def _take_own_grads(self) -> tuple[Any, ...]:
         if self._grads is None:
@@ -369,7 +387,7 @@ class Adam:
             with take_turn(self._lock):
                 if self._grads is None:  # another thread may have been first
                     params = [state.param for state in self._groups.states]
-                    flat = tuple(self._groups.backend.allocate(params))
+                    flat = tuple(self._backend.allocate(params))
                     self._own_grads, self._grads = flat, self._groups.wrap(flat)
                 grads = self._grads
         return grads
@@ -400,12 +418,12 @@ class Adam:
         """
         if self._groups.ema_decay is None:
             raise AttributeError("ema_params needs an optimizer made with ema_decay, got None")
-        return self._groups.wrap([state.ema for state in self._groups.states])
+        return self._groups.wrap([state.own["ema"] for state in self._groups.states])
 
     @property
     def step_count(self) -> int:
         """Steps taken so far, without those skipped: what the schedule is asked for next."""
-        return int(self._plan.step_count[0])
+        return int(self._stepper.step_count[0])
 
     @property
     def amsgrad(self) -> bool:
@@ -419,16 +437,16 @@ class Adam:
 
     @max_grad_norm.setter
     def max_grad_norm(self, max_grad_norm: float | None) -> None:
-        self._max_grad_norm = _options.check_max_grad_norm(max_grad_norm)
+        self._max_grad_norm = hyperparameters.check_max_grad_norm(max_grad_norm)
 
     @property
-    def nonfinite(self) -> str:
+    def nonfinite(self) -> Nonfinite:
         """What is done if a gradient is not finite: propagate, skip or raise; can be set."""
         return self._nonfinite
 
     @nonfinite.setter
-    def nonfinite(self, nonfinite: str) -> None:
-        self._nonfinite = _options.check_nonfinite(nonfinite)
+    def nonfinite(self, nonfinite: Nonfinite) -> None:
+        self._nonfinite = hyperparameters.check_nonfinite(nonfinite)
 
     @property
     def ema_decay(self) -> float | None:
@@ -452,18 +470,18 @@ class Adam:
 
     @lr.setter
     def lr(self, lr: float) -> None:
-        self._groups.defaults["lr"] = _options.real(lr, "lr")
+        self._groups.defaults["lr"] = checks.real(lr, "lr")
         for options in self._groups.options:
             options["lr"] = self._groups.defaults["lr"]
 
     @property
-    def schedule(self) -> Callable[[int], float] | None:
+    def schedule(self) -> Schedule | None:
         """The factor on every group's ``lr`` as a function of the step, or None."""
         return self._schedule
 
     @schedule.setter
-    def schedule(self, schedule: Callable[[int], float] | None) -> None:
-        self._schedule = _options.check_schedule(schedule)
+    def schedule(self, schedule: Schedule | None) -> None:
+        self._schedule = hyperparameters.check_schedule(schedule)
 
     @property
     def param_groups(self) -> tuple[dict[str, Any], ...]:
@@ -473,9 +491,9 @@ class Adam:
     @property
     def state(self) -> dict[int | str, dict[str, Any]]:
         """What `state_dict` holds of each parameter, by name or place; the arrays are live."""
-        states, steps = self._groups.states, self._plan.steps
+        states, steps = self._groups.states, self._stepper.steps
         return {
-            state.key: {"step": int(step), **state.arrays()}
+            state.key: {"step": int(step), **state.own}
             for state, step in zip(states, steps, strict=True)
         }
 
@@ -513,10 +531,10 @@ class Adam:
         groups = self._groups
         return export_state(
             groups.states,
-            self._plan.steps,
+            self._stepper.steps,
             groups.options,
             self.step_count,
-            groups.backend.to_host,
+            self._backend.to_host,
         )
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -544,40 +562,37 @@ class Adam:
         """
         with take_turn(self._lock):
             groups = self._groups
-            loaded = import_state(state_dict, groups.states, groups.options)
+            loaded = import_state(
+                state_dict, groups.states, groups.options, backends.as_host, backends.as_array
+            )
             self._take_over(loaded)
+
+    def _turn(self) -> threading.Lock:
+        """Return the lock to be held while the contents are used, unless a step is under way."""
+        return take_turn(self._lock)
+
+    def _contents(self) -> Contents:
+        """Return what a checkpoint is made of: live arrays and options, a copy of the steps."""
+        return Contents(self._groups.states, self._groups.options, self._stepper.steps)
 
     def _take_over(self, loaded: LoadedState) -> None:
         """Write all of a state that fits, or nothing, whatever signals arrive."""
-        groups = self._groups
-        # On the host an iterator, of which a second go takes what is left.
-        arrays = groups.backend.writing(loaded.targets, loaded.sources)
-
-        def writes() -> Iterable[tuple[Any, ...]]:
-            return chain(
-                arrays,
-                self._plan.counting(loaded.steps, loaded.step_count),
-                [
-                    (dict.update, *pair)
-                    for pair in zip(groups.options, loaded.options, strict=False)
-                ],
-                [(object.__setattr__, self, *pair) for pair in loaded.settings.items()],
-                loaded.calls(),
-            )
-
-        self._loads += 1
-        for options in groups.options:
-            options.touched = True
-        try:
-            in_one_go(writes())
-        except BaseException:  # before it, where writing takes Python, or in a user's property
-            each_alone(writes())
-            raise
+        backend, stepper = self._backend, self._stepper
+        with alone, undisturbed():
+            self._loads += 1
+            while loaded.targets:  # each source is let go as soon as it is written
+                backend.assign(loaded.targets.pop(), loaded.sources.pop())
+            stepper.steps, stepper.step_count[0] = loaded.steps, loaded.step_count
+            # No options at all: they stay as they are.
+            for options, new in zip(self._groups.options, loaded.options, strict=False):
+                options.update(new)
+            for name, value in loaded.settings.items():
+                setattr(self, name, value)
 
     def _version(self) -> tuple[Any, ...]:
         """Return what is another one after each step and load; raise in the middle of one."""
         take_turn(self._lock)
-        return self._plan, self.step_count, self._loads
+        return self._stepper, self.step_count, self._loads
 
     def _copies(self, memo: Mapping[int, Any]) -> Iterable[tuple[Any, Any]]:
         """Return the parameters that `copy.deepcopy` has copied, and their copies."""
@@ -586,11 +601,11 @@ class Adam:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what holds addresses: a copy must not write to the original's arrays."""
-        self._groups.backend.check_copyable()
+        self._backend.check_copyable()
         unchanged = Unchanged(self)
-        left_out = ("_lock", "_plan", "_scalars", "_flatten", "_grads", "_own_grads")
+        left_out = ("_lock", "_stepper", "_scalars", "_flatten", "_grads", "_own_grads")
         kept = {name: value for name, value in vars(self).items() if name not in left_out}
-        counts = {"steps": self._plan.steps, "step_count": self.step_count}
+        counts = {"steps": self._stepper.steps, "step_count": self.step_count}
         return {**kept, **counts, "unchanged": unchanged}  # to be copied last
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
@@ -598,7 +613,9 @@ class Adam:
         steps, step_count = kept.pop("steps"), kept.pop("step_count")
         kept.pop("unchanged", None)
         vars(self).update(kept)
-        self._groups.rehouse()
+        groups = self._groups
+        for members in by_group(groups.states, len(groups.options)):
+            rehouse(members, groups.state_options, self._backend)
         self._install(self._groups, steps, step_count)
         self._lock = threading.Lock()
         register(self)
@@ -609,7 +626,7 @@ class Adam:
     def __repr__(self) -> str:
         groups = self._groups
         elements = sum(state.param.size for state in groups.states)
-        dtypes = ", ".join(dtype.name for dtype in self._plan.dtypes) or "no dtype"
+        dtypes = ", ".join(dtype.name for dtype in self._stepper.dtypes) or "no dtype"
         head = (
             f"{type(self).__name__}({counted(len(groups.states))}, {elements:,} elements of"
             f" {dtypes}, step_count={self.step_count}, amsgrad={groups.amsgrad},"
@@ -661,18 +678,18 @@ class AdamW(Adam):
     @check_keywords()
     def __init__(
         self,
-        params: Any,
+        params: Params,
         lr: float = 1e-2,
-        betas: tuple[float, float] = (0.9, 0.95),
+        betas: Betas = (0.9, 0.95),
         eps: float = 1e-8,
         *,
         weight_decay: float = 1e-2,
         decoupled_weight_decay: bool = True,
         amsgrad: bool = False,
         maximize: bool = False,
-        schedule: Callable[[int], float] | None = None,
+        schedule: Schedule | None = None,
         max_grad_norm: float | None = None,
-        nonfinite: str = "propagate",
+        nonfinite: Nonfinite = "propagate",
         ema_decay: float | None = None,
     ) -> None:
         super().__init__(
@@ -694,9 +711,7 @@ class AdamW(Adam):
 def have_torch_load_state() -> None:
     """Have ``torch.load`` take a state_dict, in a program that uses torch."""
     if "torch" in sys.modules:
-        from .interop.torch import have_torch_load_arrays
-
-        have_torch_load_arrays()
+        allow_arrays_in_torch_load()
 
 
 def take_turn(lock: threading.Lock) -> threading.Lock:

@@ -42,7 +42,8 @@ def rng():
 @pytest.fixture
 def kernel_calls(monkeypatch):
     """Note the kernels that are called: which, for what dtype, with what options."""
-    from fastadam import _cpu
+    from fastadam.cpu import kernels
+    from fastadam.state import roles
 
     calls = []
 
@@ -50,8 +51,11 @@ def kernel_calls(monkeypatch):
         def make(dtype, **options):
             kernel = factory(dtype, **options)
 
+            names = [name for name in options if name != "roles" and options[name]]
+            names[1:1] = [name for name in roles.OPTIONAL if name in options.get("roles", ())]
+
             def call(*arguments):
-                calls.append((kind, dtype.name, *(name for name in options if options[name])))
+                calls.append((kind, dtype.name, *names))
                 return kernel(*arguments)
 
             return call
@@ -59,8 +63,8 @@ def kernel_calls(monkeypatch):
         return make
 
     for kind in ("update", "sum"):
-        factory = getattr(_cpu, f"{kind}_kernel")
-        monkeypatch.setattr(_cpu, f"{kind}_kernel", noting(kind, factory))
+        factory = getattr(kernels, f"{kind}_kernel")
+        monkeypatch.setattr(kernels, f"{kind}_kernel", noting(kind, factory))
     return calls
 
 

@@ -1,8 +1,9 @@
-"""Every optimizer that is compared, behind one interface.
+"""What every contender has in common, and those that need nothing but fastadam.
 
 Each is used in its own fastest sensible way, with the same hyperparameters
-and with its gradients in place before a step. What a peer needs is imported
-when a contender is made.
+and with its gradients in place before a step, on the CPU or on a CUDA device.
+On a device all work on its default stream, and all wait in the same way: for
+the whole device.
 """
 
 from __future__ import annotations
@@ -12,30 +13,28 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from fastadam.bench import arrays
+from fastadam.machine import cuda_backend
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
-__all__ = [
-    "HYPERPARAMETERS",
-    "TAIL",
-    "Contender",
-    "DeepSpeed",
-    "DividerPass",
-    "FastAdam",
-    "FastAdamGrads",
-    "Optax",
-    "RooflinePass",
-    "ScikitLearn",
-    "Thinc",
-    "TorchForeach",
-    "TorchFused",
-]
+    from fastadam.bench.arrays import Arrays
+
+__all__ = ["GRAD_SCALE", "HYPERPARAMETERS", "TAIL", "TRAFFIC", "Clipped", "Contender"]
+__all__ += ["DeviceCopy", "DividerPass", "FastAdam", "FastAdamGrads", "MemoryPass"]
 
 HYPERPARAMETERS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8}
 # What the tail of a training step adds; the gradients are set to 0 as well.
 TAIL: dict[str, Any] = {"weight_decay": 0.01, "max_grad_norm": 1.0, "ema_decay": 0.999}
+# What a step reads and writes, in times the parameters' bytes; with the tail (True), the
+# gradients twice and an average as well.
+TRAFFIC = {False: 7, True: 11}
+# With the tail on a device, fastadam unscales as well. The others are spared that: the norm is
+# clipped either way, so that a factor on the gradients does not change the update.
+GRAD_SCALE = {"cpu": 1.0, "cuda": 2.0}
 
 
 class Contender:
@@ -48,292 +47,156 @@ class Contender:
     tail : bool
         Whether `step` is the whole tail of a training step: clip, update
         with decoupled weight decay, average, zero the gradients.
+    device : {"cpu", "cuda"}
+        Where it works.
     """
 
-    # Whether a step sets the gradients to 0, so that they are refilled before the next.
-    clears_grads = False
+    arrays: Arrays  # whose methods make its arrays
+    params: list[Any]
+    step: Callable[[], object]  # takes one step
 
     def __init__(
-        self, params: Sequence[NDArray[Any]], grads: Sequence[NDArray[Any]], tail: bool
+        self,
+        params: Sequence[NDArray[Any]],
+        grads: Sequence[NDArray[Any]],
+        tail: bool,
+        device: str = "cpu",
     ) -> None:
-        self.tail = tail
-        # The gradients as NumPy arrays, and where they come from.
-        self.filled: list[tuple[NDArray[Any], NDArray[Any]]] = []
+        self.tail, self.device = tail, device
+        # Whether a step sets the gradients to 0, so that they are refilled before the next.
+        self.clears_grads = tail
+        self.grads: list[Any] = []
+        # Gradients, and what they are refilled from; on a device none if no step clears them.
+        self.filled: list[tuple[Any, Any]] = []
         self.setup(params, grads)
 
     def setup(self, params: Sequence[NDArray[Any]], grads: Sequence[NDArray[Any]]) -> None:
-        """Make the optimizer, and `step`."""
-        raise NotImplementedError
-
-    def step(self) -> object:
-        """Take one step."""
+        """Set `arrays`, `params` and gradients, make the optimizer and perhaps `step`."""
         raise NotImplementedError
 
     def wait(self) -> None:
         """Return once the steps are done."""
+        if self.device == "cuda":
+            arrays.synchronize()
+
+    def remember(self, own: Sequence[Any], grads: Sequence[NDArray[Any]]) -> None:
+        """Remember the gradients, and what they are filled from, if that can be needed."""
+        self.grads = list(own)
+        if self.arrays.on_host or self.clears_grads:
+            sources = [self.arrays.source(grad) for grad in grads]
+            self.filled = list(zip(own, sources, strict=True))
 
     def refill(self) -> None:
-        """Set the gradients to what they were at first, by a plain copy."""
-        for grad, source in self.filled:
-            np.copyto(grad, source)
-
-    def fill_from(self, own: Sequence[NDArray[Any]], grads: Sequence[NDArray[Any]]) -> None:
-        """Fill the gradients, and remember from where."""
-        self.filled = list(zip(own, grads, strict=True))
-        self.refill()
+        """Set the gradients to what they were at first, by a plain copy, and wait for that."""
+        if self.filled:
+            self.arrays.copy_all(*zip(*self.filled, strict=True))
+            self.wait()
 
     def values(self) -> list[NDArray[Any]]:
         """Return the parameters as they are now."""
-        raise NotImplementedError
+        return [self.arrays.download(param) for param in self.params]
 
     def threads(self) -> int | None:
         """Return how many threads a large step may use, None if it does not tell."""
+        return None if self.device == "cuda" else self.cpu_threads()
+
+    def cpu_threads(self) -> int | None:
+        """Return the same, on the CPU."""
         return None
 
 
 class FastAdam(Contender):
     """``opt.step(grads)``, with the same arrays at each step."""
 
+    step_options: ClassVar[dict[str, Any]] = {}  # options of a step without the tail
+
     def setup(self, params: Sequence[NDArray[Any]], grads: Sequence[NDArray[Any]]) -> None:
         """Make the optimizer, and gradients."""
-        self._make(params)
-        own = [np.empty_like(grad) for grad in grads]
-        self.fill_from(own, grads)
-        step = self.opt.step
-        # The plain name where nothing needs an option: a lambda would cost 50 nanoseconds.
-        self._bind((lambda: step(own, zero_grad=True)) if self.tail else (lambda: step(own)))
-
-    def _make(self, params: Sequence[NDArray[Any]]) -> None:
         import fastadam
 
-        self.params = [param.copy() for param in params]
+        self.arrays = arrays.choose(self.device)
+        self.params = [self.arrays.upload(param) for param in params]
         maker: Any = fastadam.AdamW if self.tail else fastadam.Adam
-        self.opt = maker(self.params, **HYPERPARAMETERS, **(TAIL if self.tail else {}))
-        self.clears_grads = self.tail
+        self.opt = maker(
+            self.params, **HYPERPARAMETERS, **(TAIL if self.tail else self.step_options)
+        )
+        self.make_step(grads)
 
-    def _bind(self, step: Callable[[], object]) -> None:
-        self.step = step  # type: ignore[method-assign]
+    def make_step(self, grads: Sequence[NDArray[Any]]) -> None:
+        """Make gradients, and the step."""
+        own = [self.arrays.upload(grad) for grad in grads]
+        self.remember(own, grads)
+        step, scale = self.opt.step, GRAD_SCALE[self.device]
+        if self.tail:
+            self.step = lambda: step(own, grad_scale=scale, zero_grad=True)
+        else:
+            self.step = lambda: step(own)
 
-    def values(self) -> list[NDArray[Any]]:
-        """Return the parameters as they are now."""
-        return self.params
-
-    def threads(self) -> int | None:
+    def cpu_threads(self) -> int | None:
         """Return Numba's number."""
         threads: int = import_module("numba").get_num_threads()
         return threads
 
 
+class Clipped(FastAdam):
+    """A step with clipping, and nothing else of the tail."""
+
+    step_options: ClassVar[dict[str, Any]] = {"max_grad_norm": TAIL["max_grad_norm"]}
+
+
 class FastAdamGrads(FastAdam):
     """``opt.step()``, with the gradients in ``opt.grads``."""
 
-    def setup(self, params: Sequence[NDArray[Any]], grads: Sequence[NDArray[Any]]) -> None:
-        """Make the optimizer; fill its gradients."""
-        self._make(params)
-        self.fill_from(self.opt.grads, grads)
-        step = self.opt.step
-        self._bind((lambda: step(zero_grad=True)) if self.tail else step)
+    def make_step(self, grads: Sequence[NDArray[Any]]) -> None:
+        """Fill the gradients, and make the step."""
+        own = [self.arrays.wrap(grad) for grad in self.opt.grads]
+        self.arrays.copy_all(own, [self.arrays.source(grad) for grad in grads])
+        self.remember(own, grads)
+        step, scale = self.opt.step, GRAD_SCALE[self.device]
+        self.step = (lambda: step(grad_scale=scale, zero_grad=True)) if self.tail else step
 
 
-class RooflinePass(FastAdam):
+class MemoryPass(FastAdam):
     """The same traffic to memory, next to no arithmetic."""
 
-    roofline: ClassVar[str] = "Roofline"
+    divides = False
 
     def setup(self, params: Sequence[NDArray[Any]], grads: Sequence[NDArray[Any]]) -> None:
-        """Make the arrays."""
-        self.clears_grads = self.tail
-        self.params = [param.copy() for param in params]
-        own = [np.empty_like(grad) for grad in grads]
-        self.fill_from(own, grads)
-        make = getattr(import_module("fastadam.bench.roofline"), self.roofline)
-        self._bind(make(self.params, own, tail=self.tail).step)
+        """Make the arrays; of positive numbers for those that divide."""
+        from fastadam.bench.roofline import Divider, Roofline
+
+        if self.divides:
+            params, grads = ([np.abs(array) for array in each] for each in (params, grads))
+        self.arrays = arrays.NumpyArrays()
+        self.params, own = ([array.copy() for array in each] for each in (params, grads))
+        self.remember(own, grads)
+        kind = Divider if self.divides else Roofline
+        self.step = kind(self.params, own, tail=self.tail).step
 
 
-class DividerPass(RooflinePass):
+class DividerPass(MemoryPass):
     """The same traffic to memory, and a square root and a division for each element."""
 
-    roofline: ClassVar[str] = "Divider"
-
-    def setup(self, params: Sequence[NDArray[Any]], grads: Sequence[NDArray[Any]]) -> None:
-        """Make the arrays, of positive numbers."""
-        super().setup([np.abs(param) for param in params], [np.abs(grad) for grad in grads])
+    divides = True
 
 
-class Torch(Contender):
-    """A torch optimizer; ``.grad`` is set once."""
+class DeviceCopy(Contender):
+    """A copy on the device that reads and writes as many bytes as a step must.
 
-    # What is asked of `torch.optim.Adam`, and of the function that clips.
-    kernel: ClassVar[dict[str, bool]] = {}
-    clip: ClassVar[dict[str, bool]] = {}
-
-    def setup(self, params: Sequence[NDArray[Any]], grads: Sequence[NDArray[Any]]) -> None:
-        """Make tensors and the optimizer."""
-        self.torch = torch = import_module("torch")
-        self.params = [torch.tensor(param).requires_grad_() for param in params]
-        for param in self.params:
-            param.grad = torch.empty_like(param, requires_grad=False)
-        self.fill_from([param.grad.numpy() for param in self.params], grads)
-        self._begin()
-
-    def _begin(self) -> None:
-        """Make the optimizer, of what has been set up."""
-        self.opt = self.make(self.params)
-        self.clears_grads = self.tail
-        if self.tail:
-            self._data = [param.detach() for param in self.params]
-            self._averages = [param.clone() for param in self._data]
-            self.step = self._tail  # type: ignore[method-assign]
-        else:
-            self.step = self.opt.step  # type: ignore[method-assign]
-
-    def make(self, params: list[Any]) -> Any:
-        """Make the optimizer."""
-        optim = self.torch.optim
-        if self.tail:
-            return optim.AdamW(
-                params, **HYPERPARAMETERS, weight_decay=TAIL["weight_decay"], **self.kernel
-            )
-        return optim.Adam(params, **HYPERPARAMETERS, **self.kernel)
-
-    def _tail(self) -> None:
-        torch, params = self.torch, self.params
-        torch.nn.utils.clip_grad_norm_(params, TAIL["max_grad_norm"], **self.clip)
-        self.opt.step()
-        torch._foreach_lerp_(self._averages, self._data, 1 - TAIL["ema_decay"])
-        self.opt.zero_grad(set_to_none=False)
-
-    def values(self) -> list[NDArray[Any]]:
-        """Return the parameters as they are now."""
-        return [param.detach().numpy() for param in self.params]
-
-    def threads(self) -> int | None:
-        """Return torch's number."""
-        threads: int = self.torch.get_num_threads()
-        return threads
-
-
-class TorchFused(Torch):
-    """``torch.optim.Adam(fused=True)``."""
-
-    kernel: ClassVar[dict[str, bool]] = {"fused": True}
-
-
-class TorchForeach(Torch):
-    """``torch.optim.Adam(foreach=True)``."""
-
-    kernel: ClassVar[dict[str, bool]] = {"foreach": True}
-
-
-class DeepSpeed(Torch):
-    """``DeepSpeedCPUAdam``, which compiles its extension when first used."""
-
-    def make(self, params: list[Any]) -> Any:
-        """Make the optimizer."""
-        adam = import_module("deepspeed.ops.adam").DeepSpeedCPUAdam
-        decay = TAIL["weight_decay"] if self.tail else 0.0
-        return adam(params, **HYPERPARAMETERS, weight_decay=decay, adamw_mode=self.tail)
-
-
-class Optax(Contender):
-    """optax under ``jax.jit``, parameters and state donated.
-
-    Gradients are values there: every backward pass makes new ones, and there
-    is nothing to set to 0.
+    Half of a step's bytes are copied, since a copy reads each byte and writes it.
     """
 
-    def setup(self, params: Sequence[NDArray[Any]], grads: Sequence[NDArray[Any]]) -> None:
-        """Put the arrays on the device; compile at the first step."""
-        self.jax = jax = import_module("jax")
-        optax = import_module("optax")
-        lr, (b1, b2), eps = (HYPERPARAMETERS[key] for key in ("lr", "betas", "eps"))
-        # Copies, since a donated array's memory is written to.
-        self.params = [jax.numpy.array(param, copy=True) for param in params]
-        self.grads = [jax.numpy.array(grad, copy=True) for grad in grads]
-        if self.tail:
-            transform = optax.chain(
-                optax.clip_by_global_norm(TAIL["max_grad_norm"]),
-                optax.adamw(lr, b1, b2, eps, weight_decay=TAIL["weight_decay"]),
-            )
-            averages = [jax.numpy.array(param, copy=True) for param in params]
-        else:
-            transform, averages = optax.adam(lr, b1, b2, eps), []
-
-        def update(params: Any, state: Any, averages: Any, grads: Any) -> Any:
-            updates, state = transform.update(grads, state, params)
-            params = optax.apply_updates(params, updates)
-            if self.tail:
-                averages = optax.incremental_update(params, averages, 1 - TAIL["ema_decay"])
-            return params, state, averages
-
-        self._update = jax.jit(update, donate_argnums=(0, 1, 2))
-        self._kept = (self.params, transform.init(self.params), averages)
+    def setup(self, params: Sequence[NDArray[Any]], grads: Sequence[NDArray[Any]]) -> None:  # noqa: ARG002
+        """Allocate two buffers."""
+        self.backend = backend = cuda_backend()
+        self.params = []
+        self.nbytes = TRAFFIC[self.tail] * sum(param.nbytes for param in params) // 2
+        self._buffers = [backend.allocate(self.nbytes) for _ in range(2)]
+        self._places = [backend.address_of_buffer(buffer) for buffer in self._buffers]
+        for place in self._places:
+            backend.clear(place, self.nbytes, 0)
 
     def step(self) -> None:
-        """Take one step."""
-        self._kept = self._update(*self._kept, self.grads)
-
-    def wait(self) -> None:
-        """Return once the steps are done."""
-        self.jax.block_until_ready(self._kept)
-
-    def values(self) -> list[NDArray[Any]]:
-        """Return the parameters as they are now."""
-        return [np.asarray(param) for param in self._kept[0]]
-
-
-class Thinc(Contender):
-    """``thinc.api.Adam``, called with each parameter; a call sets the gradient to 0."""
-
-    clears_grads = True
-
-    def setup(self, params: Sequence[NDArray[Any]], grads: Sequence[NDArray[Any]]) -> None:
-        """Make the optimizer."""
-        lr, (beta1, beta2), eps = (HYPERPARAMETERS[key] for key in ("lr", "betas", "eps"))
-        options = {"L2": 0.0, "grad_clip": 0.0, "use_averages": False}
-        adam = import_module("thinc.api").Adam
-        self.opt = adam(lr, beta1=beta1, beta2=beta2, eps=eps, **options)
-        self.params = [param.copy() for param in params]
-        own = [np.empty_like(grad) for grad in grads]
-        self.fill_from(own, grads)
-        self._calls = [
-            ((k, "W"), param, grad)
-            for k, (param, grad) in enumerate(zip(self.params, own, strict=True))
-        ]
-
-    def step(self) -> None:
-        """Take one step."""
-        opt = self.opt
-        for key, param, grad in self._calls:
-            opt(key, param, grad)
-        opt.step_schedules()
-
-    def values(self) -> list[NDArray[Any]]:
-        """Return the parameters as they are now."""
-        return self.params
-
-    def threads(self) -> int | None:
-        """Return 1: its loop is serial."""
-        return 1
-
-
-class ScikitLearn(Contender):
-    """The optimizer inside scikit-learn's ``MLPClassifier``, written in NumPy."""
-
-    def setup(self, params: Sequence[NDArray[Any]], grads: Sequence[NDArray[Any]]) -> None:
-        """Make the optimizer."""
-        module = import_module("sklearn.neural_network._stochastic_optimizers")
-        lr, (beta1, beta2), eps = (HYPERPARAMETERS[key] for key in ("lr", "betas", "eps"))
-        self.params = [param.copy() for param in params]
-        own = [np.empty_like(grad) for grad in grads]
-        self.fill_from(own, grads)
-        opt = module.AdamOptimizer(self.params, lr, beta1, beta2, eps)
-        self.step = lambda: opt.update_params(self.params, own)  # type: ignore[method-assign]
-
-    def values(self) -> list[NDArray[Any]]:
-        """Return the parameters as they are now."""
-        return self.params
-
-    def threads(self) -> int | None:
-        """Return 1: NumPy's elementwise operations are serial."""
-        return 1
+        """Copy."""
+        source, target = self._places
+        self.backend.copy(target, source, self.nbytes, 0)

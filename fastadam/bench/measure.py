@@ -8,25 +8,22 @@ say anything.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import statistics
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-__all__ = [
-    "CUDA_BURST",
-    "Comparison",
-    "Spread",
-    "Steps",
-    "burst",
-    "compare",
-    "host_costs",
-    "spread",
-]
+    from fastadam.bench.contenders import Contender
+
+__all__ = ["CUDA_BURST", "Comparison", "Spread", "burst", "compare", "host_costs"]
+__all__ += ["spread", "step_times"]
 
 BURST = 5e-3  # seconds that a timed burst of steps should take
 CUDA_BURST = 20e-3  # and on a device, which is waited for once at its end
@@ -49,29 +46,14 @@ MOST_REFILLED = 200
 # Calls in a row whose cost on the host is timed: so few that the device's queue, of some 1,000
 # launches, cannot be full.
 CALLS = 4
-
-
-class Steps(Protocol):
-    """What is timed."""
-
-    def step(self) -> object:
-        """Take one step."""
-
-    def wait(self) -> None:
-        """Return once the steps are done."""
-
-    def refill(self) -> None:
-        """Set the gradients to what they were at first."""
+# Of `step_times`: before it times, and how many numbers the other work is about: in the first
+# cache, and so few that no library takes more than one thread for them.
+UNTIMED_STEPS, UNTIMED_SECONDS = 8, 0.03
+WORK_NUMBERS = 1_000
 
 
 class Spread(NamedTuple):
-    """The middle of a list of numbers.
-
-    Attributes
-    ----------
-    median, q1, q3 : float
-        Half, a quarter, and three quarters of the numbers are below.
-    """
+    """The middle of a list of numbers: half, a quarter and three quarters are below."""
 
     median: float
     q1: float
@@ -84,15 +66,7 @@ class Spread(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """What `compare` found.
-
-    Attributes
-    ----------
-    seconds, other_seconds : list of float
-        Seconds per step of the first and the second contender, per round.
-    number, other_number : int
-        Steps in the last burst.
-    """
+    """What `compare` found: seconds per step in each round, and steps in the last burst."""
 
     seconds: list[float]
     other_seconds: list[float]
@@ -102,23 +76,11 @@ class Comparison(NamedTuple):
     @property
     def ratios(self) -> list[float]:
         """The second contender's time over the first's, per round."""
-        return [
-            theirs / ours for ours, theirs in zip(self.seconds, self.other_seconds, strict=True)
-        ]
+        return [b / a for a, b in zip(self.seconds, self.other_seconds, strict=True)]
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Return median and quartiles.
-
-    Parameters
-    ----------
-    values : sequence of float
-        At least one.
-
-    Returns
-    -------
-    Spread
-        Quartiles by linear interpolation, as `numpy.quantile` has them.
+    """Return median and quartiles, with linear interpolation as in `numpy.quantile`.
 
     Examples
     --------
@@ -132,35 +94,32 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(median, q1, q3)
 
 
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Turn it off for a ``with`` block, unless it is off already."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 def burst(
-    contender: Steps,
+    contender: Contender,
     number: int,
     *,
     refill: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """Time a burst of steps, without garbage collection.
+    """Time some steps, and return the seconds per step.
 
-    Parameters
-    ----------
-    contender : Steps
-        What takes the steps.
-    number : int
-        How many, at least 1.
-    refill : bool, default False
-        Set the gradients back before every step, and time each step alone.
-    clock : callable
-        Returns seconds.
-
-    Returns
-    -------
-    float
-        Seconds per step.
+    With `refill`, the gradients are set back before every step, and each step
+    is timed alone.
     """
     step, wait = contender.step, contender.wait
-    collects = gc.isenabled()
-    gc.disable()
-    try:
+    with _no_garbage_collection():
         if refill:
             total = 0.0
             for _ in range(number):
@@ -175,14 +134,11 @@ def burst(
             step()
         wait()
         return (clock() - began) / number
-    finally:
-        if collects:
-            gc.enable()
 
 
 def compare(
-    first: Steps,
-    second: Steps,
+    first: Contender,
+    second: Contender,
     *,
     rounds: int,
     refill: bool = False,
@@ -199,26 +155,9 @@ def compare(
     after the rest, when the threads are slow to come, and stay so for all
     rounds: a wrong ratio, and every round would agree on it.
 
-    Parameters
-    ----------
-    first, second : Steps
-        The contenders.
-    rounds : int
-        How often each has its turn, at most: fewer, but no fewer than 5, if
-        they take longer than `budget`.
-    refill : bool, default False
-        As in `burst`, for both.
-    budget : float
-        Seconds.
-    burst_seconds : float
-        How long a timed burst should take.
-    on_round : callable
-        Called with the rounds done and the rounds planned.
-
-    Returns
-    -------
-    Comparison
-        The times of every round.
+    Each has `rounds` turns, or fewer, but no fewer than 5, if they take longer
+    than `budget` seconds. `refill` is as for `burst`. `on_round` is called with
+    the rounds done and the rounds planned.
     """
     both = (first, second)
     fastest = [_calibrate(contender, burst_seconds, refill=refill) for contender in both]
@@ -230,10 +169,8 @@ def compare(
     times: tuple[list[float], list[float]] = ([], [])
     ends = time.perf_counter() + budget
     on_round(0, rounds)
-    for turn in range(rounds):
-        if turn >= LEAST_ROUNDS and time.perf_counter() > ends:
-            break
-        for which in (0, 1) if turn % 2 == 0 else (1, 0):
+    for turn, order in enumerate(_turns(rounds, ends, time.perf_counter)):
+        for which in order:
             number, warm_up = planned[which]
             time.sleep(REST)
             burst(both[which], warm_up, refill=refill)
@@ -245,6 +182,14 @@ def compare(
     return Comparison(*times, planned[0][0], planned[1][0])
 
 
+def _turns(rounds: int, ends: float, clock: Callable[[], float]) -> Iterator[tuple[int, int]]:
+    """Yield whose turn it is in each round, until the time is over."""
+    for turn in range(rounds):
+        if turn >= LEAST_ROUNDS and clock() > ends:
+            return
+        yield (0, 1) if turn % 2 == 0 else (1, 0)
+
+
 def _plan(seconds: float, burst_seconds: float, *, refill: bool) -> tuple[int, int]:
     """Return how many steps of so many seconds are timed in a turn, and how many are not."""
     number = max(1, round(burst_seconds / seconds))
@@ -254,60 +199,7 @@ def _plan(seconds: float, burst_seconds: float, *, refill: bool) -> tuple[int, i
     return number, warm_up
 
 
-def host_costs(
-    first: Steps,
-    second: Steps,
-    *,
-    rounds: int,
-    budget: float = BUDGET / 4,
-    clock: Callable[[], float] = time.perf_counter,
-) -> tuple[list[float], list[float]]:
-    """Time the calls alone, of contenders whose steps run on a device later on.
-
-    The device has nothing to do when a turn begins, and is not waited for
-    within it.
-
-    Parameters
-    ----------
-    first, second : Steps
-        The contenders, both warm.
-    rounds : int
-        How often each has its turn, at most: fewer, but no fewer than 5, if
-        they take longer than `budget`.
-    budget : float
-        Seconds.
-    clock : callable
-        Returns seconds.
-
-    Returns
-    -------
-    seconds, other_seconds : lists of float
-        Seconds per call of the first and the second contender, per round.
-    """
-    times: tuple[list[float], list[float]] = ([], [])
-    ends = clock() + budget
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        for turn in range(rounds):
-            if turn >= LEAST_ROUNDS and clock() > ends:
-                break
-            for which in (0, 1) if turn % 2 == 0 else (1, 0):
-                contender = (first, second)[which]
-                step = contender.step
-                contender.wait()
-                began = clock()
-                for _ in range(CALLS):
-                    step()
-                times[which].append((clock() - began) / CALLS)
-                contender.wait()
-    finally:
-        if collects:
-            gc.enable()
-    return times
-
-
-def _calibrate(contender: Steps, burst_seconds: float, *, refill: bool) -> float:
+def _calibrate(contender: Contender, burst_seconds: float, *, refill: bool) -> float:
     """Return about how many seconds a step takes that is compiled, cached and not held up."""
     burst(contender, 1, refill=refill)  # compiles, starts threads, touches the state's memory
     number, fastest = 1, math.inf
@@ -322,3 +214,71 @@ def _calibrate(contender: Steps, burst_seconds: float, *, refill: bool) -> float
         if planned <= 4 * number:
             return fastest
         number = planned // 2
+
+
+def host_costs(
+    first: Contender,
+    second: Contender,
+    *,
+    rounds: int,
+    budget: float = BUDGET / 4,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[list[float], list[float]]:
+    """Time the calls alone, of contenders whose steps run on a device later on.
+
+    The device has nothing to do when a turn begins, and is not waited for
+    within it. Both contenders are warm; rounds are as for `compare`. Returns
+    the seconds per call of each, per round.
+    """
+    times: tuple[list[float], list[float]] = ([], [])
+    ends = clock() + budget
+    with _no_garbage_collection():
+        for order in _turns(rounds, ends, clock):
+            for which in order:
+                contender = (first, second)[which]
+                step = contender.step
+                contender.wait()
+                began = clock()
+                for _ in range(CALLS):
+                    step()
+                times[which].append((clock() - began) / CALLS)
+                contender.wait()
+    return times
+
+
+def step_times(
+    step: Callable[[], object],
+    *,
+    work: float,
+    steps: int,
+    seconds: float,
+    clock: Callable[[], int] = time.perf_counter_ns,
+) -> list[int]:
+    """Time each step of a loop; return nanoseconds.
+
+    Before every step the loop does `work` seconds of other, numeric work in
+    one thread. At least `steps` are timed, for at least `seconds`, after some
+    that do not count: they bring the array into the caches again, wake the threads,
+    and use up what the system owes a process that has slept.
+    """
+    pause = int(work * 1e9)
+    numbers = np.linspace(0.1, 1.0, WORK_NUMBERS)
+    out = np.empty_like(numbers)
+
+    def loop(steps: int, seconds: float) -> list[int]:
+        times: list[int] = []
+        ends = clock() + int(seconds * 1e9)
+        began = clock()
+        while len(times) < steps or began < ends:
+            if pause:
+                resumes = clock() + pause
+                while clock() < resumes:
+                    np.sqrt(numbers, out=out)
+            began = clock()
+            step()
+            times.append(clock() - began)
+        return times
+
+    with _no_garbage_collection():
+        loop(UNTIMED_STEPS, UNTIMED_SECONDS)
+        return loop(steps, seconds)

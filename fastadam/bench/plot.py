@@ -7,82 +7,57 @@ from typing import TYPE_CHECKING, Any
 
 from fastadam.bench import peers
 from fastadam.bench.report import fastadam_seconds
-from fastadam.bench.tables import format_ratio, format_seconds
+from fastadam.bench.text import format_ratio, format_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from fastadam.bench.report import Own
-    from fastadam.bench.session import Session
+    from fastadam.bench.report import OwnTime
+    from fastadam.bench.session import Measured
 
 __all__ = ["save_plot"]
 
-# By contender, the same in both panels; distinct also to the colour-blind (Okabe and Ito).
-COLORS = {
-    "fastadam": "#000000",
-    "torch-fused": "#d55e00",
-    "torch-foreach": "#e69f00",
-    "deepspeed": "#0072b2",
-    "optax": "#009e73",
-    "thinc": "#cc79a7",
-    "scikit-learn": "#56b4e9",
-    "cupy": "#009e73",
-    "cupy-kernel": "#56b4e9",
-    "opt-grads": "#555555",
-    "roofline": "#aaaaaa",
-    "divider": "#f0e442",
+# In the order of bars and lines.
+CONTENDERS = {
+    peer.name: peers.by_name(peer.name) for peer in (peers.FASTADAM, *peers.PEERS, *peers.OWN)
 }
 
 
 def save_plot(
-    session: Session,
+    results: Sequence[Measured],
     path: Path,
     *,
-    workloads: Mapping[str, Sequence[tuple[int, ...]]],
+    names: Sequence[str],
     sizes: Sequence[int],
     title: str,
 ) -> None:
     """Save bars of the ratios, and lines of the cost of a parameter by size.
 
-    Of what is noisy, only the quartiles are drawn, with that word beside them.
-
-    Parameters
-    ----------
-    session : Session
-        What was measured.
-    path : pathlib.Path
-        Its ending names the format: ``.png``, ``.svg`` or ``.pdf``.
-    workloads : mapping of str to sequence of shapes
-        What the bars are of.
-    sizes : sequence of int
-        What the lines are over.
-    title : str
-        Stands above the picture.
-
-    Raises
-    ------
-    OSError
-        If the file cannot be written.
+    The bars are of the workloads `names`, the lines over `sizes`. Of what is
+    noisy, only the quartiles are drawn, with that word beside them. The ending of
+    `path` names the format: ``.png``, ``.svg`` or ``.pdf``. OSError if the file
+    cannot be written.
     """
     # Not pyplot: no window, no global state, the same on a machine without a screen.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    times = fastadam_seconds(session)
-    names = [name for name in workloads if name in times]
+    times = fastadam_seconds(results)
     lengths = [size for size in sizes if str(size) in times]
-    bars = [[m for m in session.measured if m.workload == name] for name in names]
-    height = max(4.5, 1.8 + 0.22 * sum(len(group) + 1.5 for group in bars))
-    panels = bool(names) + bool(lengths)
+    bars = {
+        name: [one for one in results if one.workload == name] for name in names if name in times
+    }
+    height = max(4.5, 1.8 + 0.22 * sum(len(group) + 1.5 for group in bars.values()))
+    panels = bool(bars) + bool(lengths)
     figure = Figure(figsize=(7.0 * max(1, panels), height), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
     axes = iter(figure.subplots(1, max(1, panels), squeeze=False)[0])
-    if names:
-        _bars(next(axes), dict(zip(names, bars, strict=True)), times)
+    if bars:
+        _bars(next(axes), bars, times)
     if lengths:
-        _lines(next(axes), session, lengths, times)
+        _lines(next(axes), results, lengths, times)
     handles: dict[str, Any] = {}  # the same colours in both panels: one legend
     for panel in figure.axes:
         found, labels = panel.get_legend_handles_labels()
@@ -94,16 +69,18 @@ def save_plot(
     figure.savefig(path, dpi=150)
 
 
-def _bars(axes: Any, groups: Mapping[str, Sequence[Any]], times: Mapping[str, Own]) -> None:
-    order = list(COLORS)
+def _bars(
+    axes: Any, groups: Mapping[str, Sequence[Measured]], times: Mapping[str, OwnTime]
+) -> None:
+    order = list(CONTENDERS)
     place, ticks, labelled = 0.0, [], set()
     ratios = [one.ratio for group in groups.values() for one in group]
     lowest, highest = min(r.q1 for r in ratios), max(r.q3 for r in ratios)
     for name, group in groups.items():
         start = place
         for one in sorted(group, key=lambda one: order.index(one.contender)):
-            ratio, color = one.ratio, COLORS[one.contender]
-            label = None if one.contender in labelled else peers.by_name(one.contender).title
+            ratio, peer = one.ratio, CONTENDERS[one.contender]
+            label = None if one.contender in labelled else peer.title
             labelled.add(one.contender)
             start_of_bar, end = (ratio.q1, ratio.q3) if one.noisy else (1, ratio.median)
             axes.barh(
@@ -111,7 +88,7 @@ def _bars(axes: Any, groups: Mapping[str, Sequence[Any]], times: Mapping[str, Ow
                 end - start_of_bar,
                 left=start_of_bar,
                 height=0.3 if one.noisy else 0.85,
-                color=color,
+                color=peer.color,
                 label=label,
                 zorder=2,
             )
@@ -130,7 +107,7 @@ def _bars(axes: Any, groups: Mapping[str, Sequence[Any]], times: Mapping[str, Ow
         own = "noisy" if times[name].noisy else format_seconds(times[name].seconds.median)
         ticks.append(((start + place - 1) / 2, f"{name}\n{own}"))
         place += 1.5
-    axes.axvline(1, color=COLORS["fastadam"], lw=1.5, zorder=4)
+    axes.axvline(1, color=peers.FASTADAM.color, lw=1.5, zorder=4)
     axes.set_xscale("log")
     axes.set_xlim(lowest / 1.7, highest * 1.7)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
@@ -142,10 +119,12 @@ def _bars(axes: Any, groups: Mapping[str, Sequence[Any]], times: Mapping[str, Ow
     _finish(axes, "x")
 
 
-def _lines(axes: Any, session: Session, sizes: Sequence[int], times: Mapping[str, Own]) -> None:
-    for contender, color in COLORS.items():
-        own = contender == "fastadam"
-        found = {one.workload: one for one in session.measured if one.contender == contender}
+def _lines(
+    axes: Any, results: Sequence[Measured], sizes: Sequence[int], times: Mapping[str, OwnTime]
+) -> None:
+    for name, peer in CONTENDERS.items():
+        own = peer is peers.FASTADAM
+        found = {one.workload: one for one in results if one.contender == name}
         # By size: seconds, of the same rounds as the ratios; and where those are noisy, which.
         quiet, noisy = {}, {}
         for size in sizes:
@@ -158,19 +137,18 @@ def _lines(axes: Any, session: Session, sizes: Sequence[int], times: Mapping[str
                 noisy[size] = (one.seconds, one.seconds)
             elif one:
                 quiet[size] = one.seconds
-        label = peers.by_name(contender).title
         if quiet:
             axes.plot(
                 # No line over a noisy point: NaN leaves a gap.
                 sizes, [quiet.get(size, math.nan) / size * 1e9 for size in sizes],
-                marker="o", ms=4, color=color, lw=2.5 if own else 1.3,
-                ls="--" if contender in peers.ROOFLINES else "-", zorder=3 if own else 2,
-                label=label,
+                marker="o", ms=4, color=peer.color, lw=2.5 if own else 1.3,
+                ls="--" if name in peers.ROOFLINES else "-", zorder=3 if own else 2,
+                label=peer.title,
             )  # fmt: skip
         for size, ends in noisy.items():
             heights = [seconds / size * 1e9 for seconds in ends]
-            once = None if quiet or size != min(noisy) else label
-            axes.plot([size, size], heights, marker="_", color=color, label=once, zorder=1)
+            once = None if quiet or size != min(noisy) else peer.title
+            axes.plot([size, size], heights, marker="_", color=peer.color, label=once, zorder=1)
             place = (size, heights[-1])
             axes.annotate("noisy", place, (3, 2), textcoords="offset points", fontsize=6)
     axes.set_xscale("log")

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numba
 
-from fastadam import _cpu, _jit
-from fastadam._formula import bind
-from fastadam._jit import load, only_if, store
-from fastadam._tables import (
+from fastadam.adam import Adam
+from fastadam.cpu import intrinsics, kernels
+from fastadam.cpu.intrinsics import load, only_if, store
+from fastadam.cpu.layout import UPDATE_CHOICE
+from fastadam.update.formula import bind
+from fastadam.update.layout import (
     CHUNK_OFFSET,
     CHUNK_SIZE,
     CHUNK_TENSOR,
@@ -26,9 +28,7 @@ from fastadam._tables import (
     EXP_AVG_SQ,
     GRAD,
     PARAM,
-    UPDATE_CHOICE,
 )
-from fastadam.adam import Adam
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,14 +44,8 @@ class Roofline:
     Reads param, grad, exp_avg and exp_avg_sq, and writes all but grad; with
     `tail`, first reads grad once more (for its norm), and also reads and
     writes an average of param and writes grad. Chunks, threads and the
-    placing of the state are those of a step.
-
-    Parameters
-    ----------
-    params, grads : sequences of ndarray
-        float32 or float64, all alike; written to.
-    tail : bool, default False
-        The traffic of clipping, averaging and zeroing as well.
+    placing of the state are those of a step. The arrays are float32 or float64, all
+    alike, and written to.
 
     Examples
     --------
@@ -67,21 +61,22 @@ class Roofline:
     _divides = False
 
     def __init__(
-        self,
-        params: Sequence[NDArray[Any]],
-        grads: Sequence[NDArray[Any]],
-        tail: bool = False,
+        self, params: Sequence[NDArray[Any]], grads: Sequence[NDArray[Any]], tail: bool = False
     ) -> None:
         # An optimizer for its tables: where everything lies, and how it is cut.
         self._opt = Adam(list(params), ema_decay=0.5 if tail else None)
         self._grads = tuple(grads)
-        plan = self._opt._plan
-        plan.take_grads(self._grads, tail)
-        (context,) = plan.contexts
+        stepper: Any = self._opt._stepper
+        stepper.take_grads(self._grads, tail)
+        (context,) = stepper.contexts
         move = _kernel(context.dtype, context.parallel, tail, self._divides)
-        norm = _cpu.sum_kernel(context.dtype, parallel=context.parallel)
+        norm = kernels.sum_kernel(context.dtype, parallel=context.parallel)
         self._address = context.address
         self._kernels = [norm, move] if tail else [move]
+        if self._divides:
+            for state in self._opt.state.values():
+                state["exp_avg"].fill(1)
+                state["exp_avg_sq"].fill(1)
 
     def step(self) -> None:
         """Pass over memory once; with `tail`, over the gradients twice."""
@@ -93,15 +88,8 @@ class Divider(Roofline):
     """Read and write the same, and take a square root and divide, once for each element.
 
     param becomes ``exp_avg / sqrt(exp_avg_sq)``, exp_avg the gradient and
-    exp_avg_sq the old param: there is no other arithmetic, and what is positive
-    at first stays so, and neither overflows nor becomes subnormal.
-
-    Parameters
-    ----------
-    params, grads : sequences of ndarray
-        As for `Roofline`; positive.
-    tail : bool, default False
-        As for `Roofline`, whose first pass is the same.
+    exp_avg_sq the old param, in positive arrays: there is no other arithmetic, and
+    what is positive at first stays so, and neither overflows nor becomes subnormal.
 
     Examples
     --------
@@ -117,24 +105,13 @@ class Divider(Roofline):
 
     _divides = True
 
-    def __init__(
-        self,
-        params: Sequence[NDArray[Any]],
-        grads: Sequence[NDArray[Any]],
-        tail: bool = False,
-    ) -> None:
-        super().__init__(params, grads, tail)
-        for state in self._opt.state.values():
-            state["exp_avg"].fill(1)
-            state["exp_avg_sq"].fill(1)
-
 
 # Whether there is an average: in `move_chunk`, replaced by True or None.
 AVERAGE = None
 
 
 def move_chunk(chunk: Any, tensors: Any, scale: Any, zero: Any, largest: Any) -> Any:  # noqa: ARG001
-    """Read and write a chunk; in the place of `_cpu.measure_chunk`, so return a number."""
+    """Read and write a chunk; in the place of `kernels.measure_chunk`, so return a number."""
     tensor, start = tensors[chunk[CHUNK_TENSOR]], chunk[CHUNK_OFFSET]
     move_elements(
         tensor[PARAM] + start,
@@ -148,7 +125,7 @@ def move_chunk(chunk: Any, tensors: Any, scale: Any, zero: Any, largest: Any) ->
     return 0.0
 
 
-@_jit.inline
+@intrinsics.inline
 def move_elements(
     param: Any, grad: Any, exp_avg: Any, exp_avg_sq: Any, ema: Any, size: Any, zero: Any
 ) -> None:
@@ -164,7 +141,7 @@ def move_elements(
             store(grad, i, zero, GRAD)
 
 
-@_jit.inline
+@intrinsics.inline
 def divide_elements(
     param: Any, grad: Any, exp_avg: Any, exp_avg_sq: Any, ema: Any, size: Any, zero: Any
 ) -> None:
@@ -189,8 +166,8 @@ def _kernel(dtype: Any, parallel: bool, tail: bool, divides: bool) -> Any:
     Its machine code is not kept: the cache's key does not cover this file.
     """
     elements = divide_elements if divides else move_elements
-    move = _jit.inline(bind(move_chunk, AVERAGE=tail or None, move_elements=elements))
-    loop = _cpu.measure_parallel if parallel else _cpu.measure_serial
+    move = intrinsics.inline(bind(move_chunk, AVERAGE=tail or None, move_elements=elements))
+    loop = kernels.measure_parallel if parallel else kernels.measure_serial
     # With the choice of threads for passes of this length, not for the norm's.
     function = bind(loop, FLOAT=dtype.type, measure_chunk=move, SUM_CHOICE=UPDATE_CHOICE)
-    return numba.njit(parallel=parallel, nogil=parallel, **_jit.FLAGS)(function)
+    return numba.njit(parallel=parallel, nogil=parallel, **intrinsics.FLAGS)(function)

@@ -1,249 +1,133 @@
-"""What was measured, as tables for a terminal."""
+"""What was measured, as tables for a terminal, and what they hold for."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+import sys
+from typing import TYPE_CHECKING, Any
 
-from fastadam.bench import measure, peers
-from fastadam.bench.load import BUSY
-from fastadam.bench.report import fastadam_seconds
-from fastadam.bench.text import wrapped
+from fastadam.bench import load, measure, peers
+from fastadam.bench.report import fastadam_seconds, not_measured, step_bytes
+from fastadam.bench.text import (
+    Column,
+    column,
+    format_ratio,
+    format_seconds,
+    print_columns,
+    say,
+    split,
+)
 from fastadam.bench.workloads import count
+from fastadam.machine import BUSY
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from rich.console import Console
 
-    from fastadam.bench.report import Own
+    from fastadam.bench.report import OwnTime, Part
     from fastadam.bench.session import Measured, Session
+    from fastadam.bench.workloads import Shape
 
-__all__ = [
-    "Column",
-    "format_ratio",
-    "format_seconds",
-    "print_columns",
-    "say",
-    "show",
-    "show_conditions",
-    "split",
-]
+__all__ = ["busy_processes", "show", "show_load", "show_table"]
 
-# In two lines, so that more columns fit beside one another.
-HEADS = {
-    "torch-fused": ("torch", "fused"),
-    "torch-foreach": ("torch", "foreach"),
-    "deepspeed": ("", "DeepSpeed"),
-    "optax": ("", "optax"),
-    "thinc": ("", "thinc"),
-    "scikit-learn": ("scikit-", "learn"),
-    "opt-grads": ("opt.", "grads"),
-    "cupy": ("", "CuPy"),
-    "cupy-kernel": ("CuPy", "kernel"),
-    "roofline": ("memory", "roofline"),
-    "divider": ("divider", "roofline"),
+# Of what busy processes should get; with less, they did not run all the time.
+LEAST_SHARE = 0.5
+ROOFLINES = {
+    "cpu": "the rooflines, passes over the same memory: without arithmetic, and with a square root"
+    " and a division for each element",
+    "cuda": "the roofline, a copy of half as many bytes on the device, which moves each twice",
 }
-# What a step reads and writes, in times the parameters' bytes; with the tail, the gradients
-# twice and an average as well.
-TRAFFIC, TAIL_TRAFFIC = 7, 11
 
 
-class Column(NamedTuple):
-    """A heading of two lines and a cell per row, each with a style."""
+def _console() -> Console:
+    from rich.console import Console
 
-    head: tuple[str, str]
-    cells: list[tuple[str, str]]
-
-    @property
-    def width(self) -> int:
-        """Characters, and two to the next column."""
-        return max(len(text) for text in (*self.head, *(cell for cell, _ in self.cells))) + 2
+    return Console(file=sys.stdout, highlight=False, markup=False)
 
 
-def format_seconds(seconds: float, micro: str = "\N{MICRO SIGN}s") -> str:
-    """Write a time in three digits and a unit.
+def _micro(console: Console) -> str:
+    return "us" if console.options.ascii_only else "\N{MICRO SIGN}s"
 
-    Parameters
-    ----------
-    seconds : float
-        At least 0.
-    micro : str
-        The unit of a microsecond.
 
-    Returns
-    -------
-    str
-        Such as ``"53.8 ms"``.
+def show(session: Session, parts: Sequence[Part], report: Mapping[str, Any]) -> None:
+    """Print tables of pairs, what they hold for, and what there is none of.
 
-    Examples
-    --------
-    >>> from fastadam.bench.tables import format_seconds
-    >>> format_seconds(0.0538), format_seconds(1.2e-7)
-    ('53.8 ms', '120 ns')
+    `parts` is what was asked for, `report` what `fastadam.bench.report.to_dict`
+    made of it.
     """
-    units = ((1.0, "s"), (1e3, "ms"), (1e6, micro))
-    fitting = (pair for pair in units if seconds * pair[0] >= 0.9995)
-    factor, unit = next(fitting, (1e9, "ns"))
-    return f"{_three_digits(seconds * factor)} {unit}"
+    console, dtype = _console(), report["settings"]["dtype"]
+    for part in parts:
+        what = part.what if session.device == "cuda" else "a step"
+        say(
+            f"\nTime of {what}; after it, how many times as long the others take, and how close "
+            f"fastadam comes to {ROOFLINES[session.device]} (100%: as fast).\n"
+        )
+        by_size = [str(size) for size in part.sizes]
+        for names, first in ((part.named, "workload"), (by_size, "elements")):
+            shapes = {name: part.shapes[name] for name in names}
+            show_table(console, session.results(part.tail), shapes, first=first, dtype=dtype)
+    if session.device == "cuda":
+        _show_figures(_micro(console), report["figures"], list(report["workloads"]))
+    _show_conditions(report)
+    _show_noise(report)
+    missing = not_measured(session.missing, parts)
+    if missing:
+        say("\nNot measured:")
+    for line in missing:
+        say(line)
 
 
-def format_ratio(ratio: float) -> str:
-    """Write a ratio in three digits.
-
-    Parameters
-    ----------
-    ratio : float
-        At least 0.
-
-    Returns
-    -------
-    str
-        Such as ``"1.04"`` or ``"82.2"``.
-
-    Examples
-    --------
-    >>> from fastadam.bench.tables import format_ratio
-    >>> format_ratio(1.04), format_ratio(82.226), format_ratio(1234)
-    ('1.04', '82.2', '1,234')
-    """
-    return _three_digits(ratio)
-
-
-def _three_digits(number: float) -> str:
-    return f"{number:,.{2 if number < 9.995 else 1 if number < 99.95 else 0}f}"
-
-
-def say(console: Console, text: str) -> None:
-    """Print text, on a terminal in lines of whole words, of which one may be longer.
-
-    Parameters
-    ----------
-    console : rich.console.Console
-        Where to.
-    text : str
-        One or more lines.
-    """
-    # rich would either cut a word that is longer, or break no line at all.
-    width = console.width if console.is_terminal else None
-    console.print(wrapped(text, width), no_wrap=True, overflow="ignore", crop=False)
-
-
-def show(
+def show_table(
     console: Console,
-    session: Session,
-    shapes: Mapping[str, Sequence[tuple[int, ...]]],
+    results: Sequence[Measured],
+    shapes: Mapping[str, Sequence[Shape]],
     *,
     first: str,
-    tail: bool,
     dtype: str,
 ) -> None:
-    """Print a table of the workloads, cut in several where the console is narrow.
-
-    Parameters
-    ----------
-    console : rich.console.Console
-        Where to.
-    session : Session
-        What was measured.
-    shapes : mapping of str to sequence of shapes
-        The rows.
-    first : str
-        Heading of the first column.
-    tail, dtype
-        As they were measured.
-    """
-    rows = [name for name in shapes if name in fastadam_seconds(session)]
+    """Print a table of some workloads, cut in several where the console is narrow."""
+    times = fastadam_seconds(results)
+    rows = [name for name in shapes if name in times]
     if not rows:
         return
-    fixed, extra, plain, full = _columns(console, session, shapes, rows, first, tail, dtype)
-    room = console.width + 2 - sum(column.width for column in fixed)
-    spare = sum(column.width for column in extra)
-    if sum(column.width for column in full) + spare <= room:
-        parts = [fixed + extra + full]
-    elif sum(column.width for column in plain) + spare <= room:
-        parts = [fixed + extra + plain]
-    else:
-        parts = split(fixed, plain, console.width)
-    for part in parts:
-        print_columns(console, part, len(rows))
-
-
-def split(fixed: Sequence[Column], columns: Sequence[Column], width: int) -> list[list[Column]]:
-    """Share columns out to as many tables as they need.
-
-    Parameters
-    ----------
-    fixed : sequence of Column
-        The first ones of every table.
-    columns : sequence of Column
-        The others.
-    width : int
-        Characters for a table.
-
-    Returns
-    -------
-    list of list of Column
-        The tables.
-    """
-    room = width + 2 - sum(column.width for column in fixed)
-    parts: list[list[Column]] = []
-    left = 0
-    for column in columns:
-        if column.width > left:
-            parts.append(list(fixed))
-            left = room
-        parts[-1].append(column)
-        left -= column.width
-    return parts
-
-
-def _columns(
-    console: Console,
-    session: Session,
-    shapes: Mapping[str, Sequence[tuple[int, ...]]],
-    rows: Sequence[str],
-    first: str,
-    tail: bool,
-    dtype: str,
-) -> tuple[list[Column], list[Column], list[Column], list[Column]]:
-    """Return those of every table, those for a wide one, the ratios, and with quartiles."""
-    times = fastadam_seconds(session)
-    micro = "us" if console.options.ascii_only else "\N{MICRO SIGN}s"
-    elements = {name: count(shapes[name]) for name in rows}
-    step_bytes = (TAIL_TRAFFIC if tail else TRAFFIC) * (8 if dtype == "float64" else 4)
-
-    def column(head: tuple[str, str], cells: Iterable[str]) -> Column:
-        return Column(head, [(cell, "") for cell in cells])
-
+    elements = [count(shapes[name]) for name in rows]
+    each = step_bytes(dtype, results[0].tail)
+    rates = [
+        size * each / times[n].seconds.median / 1e9 for n, size in zip(rows, elements, strict=True)
+    ]
+    micro = _micro(console)
+    # Those of every table, those for a wide one, the ratios, and the same with quartiles.
     fixed = [
         column(("", first), (f"{int(name):,}" if name.isdigit() else name for name in rows)),
         column(("", "fastadam"), (_time(times[name], micro) for name in rows)),
     ]
     extra = [
         column(("", "tensors"), (f"{len(shapes[name]):,}" for name in rows)),
-        column(("", "elements"), (f"{elements[name]:,}" for name in rows)),
+        column(("", "elements"), (f"{size:,}" for size in elements)),
         column(
             ("", "GB/s"),
-            (
-                "-"
-                if times[n].noisy
-                else f"{elements[n] * step_bytes / times[n].seconds.median / 1e9:.1f}"
-                for n in rows
-            ),
+            ("-" if times[n].noisy else f"{r:.1f}" for n, r in zip(rows, rates, strict=True)),
         ),
     ]
-    ratios = {(one.contender, one.workload): one for one in session.measured}
     plain, full = [], []
-    for contender, head in HEADS.items():
-        own = [ratios.get((contender, name)) for name in rows]
+    for name, peer in {peer.name: peer for peer in (*peers.PEERS, *peers.OWN)}.items():
+        found = {one.workload: one for one in results if one.contender == name}
+        own = [found.get(row) for row in rows]
         if any(own):
-            as_share = contender in peers.ROOFLINES
-            plain.append(Column(head, [_cell(ratio, as_share, False) for ratio in own]))
-            full.append(Column(head, [_cell(ratio, as_share, True) for ratio in own]))
-    return fixed, extra, plain, full
+            as_share = name in peers.ROOFLINES
+            plain.append(Column(peer.head, [_cell(one, as_share, False) for one in own]))
+            full.append(Column(peer.head, [_cell(one, as_share, True) for one in own]))
+
+    room = console.width + 2 - sum(column.width for column in (*fixed, *extra))
+    for columns in (full, plain):
+        if sum(column.width for column in columns) <= room:
+            print_columns(console, fixed + extra + columns)
+            return
+    for part in split(fixed, plain, console.width):
+        print_columns(console, part)
 
 
-def _time(own: Own, micro: str) -> str:
+def _time(own: OwnTime, micro: str) -> str:
     return "noisy" if own.noisy else format_seconds(own.seconds.median, micro)
 
 
@@ -264,68 +148,65 @@ def _cell(one: Measured | None, as_share: bool, quartiles: bool) -> tuple[str, s
     return f"{text} ({texts})" if quartiles and not one.crowded else text, style
 
 
-def print_columns(console: Console, columns: Sequence[Column], rows: int) -> None:
-    """Print a table.
+def _show_figures(micro: str, found: Mapping[str, Any], workloads: Sequence[str]) -> None:
+    """Print what the tables do not show: bandwidths, and what calls cost on the host."""
 
-    Parameters
-    ----------
-    console : rich.console.Console
-        Where to.
-    columns : sequence of Column
-        From left to right.
-    rows : int
-        How many there are.
-    """
-    from rich import box
-    from rich.segment import Segment, Segments
-    from rich.table import Table
-    from rich.text import Text
+    def title(name: str) -> str:
+        return f"{int(name):,} elements" if name.isdigit() else name
 
-    # Between columns stand a blank of the padding and one of the box.
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
-    for place, column in enumerate(columns):
-        head = Text("\n".join(column.head))
-        table.add_column(head, justify="right" if place else "left", no_wrap=True)
-    for row in range(rows):
-        table.add_row(*(Text(*column.cells[row]) for column in columns))
-    # rich fills all lines up to the same length.
-    lines = Segment.split_lines(console.render(table))
-    for line in lines:
-        while line and not line[-1].text.strip():
-            line.pop()
-        console.print(Segments([*line, Segment.line()]), end="")
-    console.print()
+    def quartiles(one: Mapping[str, Any], text: Any) -> str:
+        noisy = ", noisy" if one["noisy"] else ""
+        return f"(quartiles {text(one['q1'])} - {text(one['q3'])}{noisy})"
+
+    for key, what in (("copy_fraction", "a step"), ("tail_copy_fraction", "the whole tail")):
+        for name in workloads:
+            if name in found[key]:
+                one = found[key][name]
+                rate, copied = (one[f"{k}bytes_per_second"] / 1e9 for k in ("", "copy_"))
+                say(
+                    f"Bandwidth of {what}, {title(name)}: {rate:,.0f} GB/s, {one['median']:.1%} of"
+                    f" a copy's {copied:,.0f} GB/s {quartiles(one, '{:.1%}'.format)}"
+                )
+    for name in workloads:
+        if name in found["tail_torch_fused"]:
+            one = found["tail_torch_fused"][name]
+            say(
+                f"The whole tail, {title(name)}: torch fused takes {format_ratio(one['median'])}"
+                f" times as long {quartiles(one, format_ratio)}"
+            )
+    for name in workloads:
+        costs = found["host_seconds"].get(name, {})
+        texts = [f"{who} {format_seconds(costs[who]['median'], micro)}" for who in costs]
+        if texts:
+            say(f"A call alone on the host, {title(name)}: {', '.join(texts)}")
 
 
-def show_conditions(console: Console, report: Mapping[str, Any]) -> None:
-    """Print what the results hold for: processor, threads, versions, rounds.
-
-    Parameters
-    ----------
-    console : rich.console.Console
-        Where to.
-    report : mapping
-        From `fastadam.bench.report.to_dict`.
-    """
+def _show_conditions(report: Mapping[str, Any]) -> None:
+    """Print what results hold for: processor, device, threads, versions."""
     machine = report["machine"]
     quota = "" if machine["cpu_quota"] is None else f", the time of {machine['cpu_quota']:g}"
-    say(console, f"{machine['cpu']}, {machine['cpus_allowed']} CPUs{quota}; {machine['system']}")
+    say(f"{machine['cpu']}, {machine['cpus_allowed']} CPUs{quota}; {machine['system']}")
     if "device" in report:
-        say(console, report["device"]["summary"])
+        say(report["device"]["summary"])
     by_number: dict[int, list[str]] = {}
     for name, threads in report["threads"].items():
         if threads is not None:
-            by_number.setdefault(threads, []).append(peers.by_name(name).title)
+            title = load.CONTENDERS.get(name) or peers.by_name(name).title
+            by_number.setdefault(threads, []).append(title)
     text = "; ".join(f"{number} ({', '.join(titles)})" for number, titles in by_number.items())
+    layer = f"; threading layer {report['layer']}" if report.get("layer") else ""
     if text:
-        say(console, f"Threads of a large step: {text}")
-    say(console, ", ".join(f"{name} {version}" for name, version in report["versions"].items()))
+        say(f"Threads of a large step: {text}{layer}")
+    say(", ".join(f"{name} {version}" for name, version in report["versions"].items()))
+
+
+def _show_noise(report: Mapping[str, Any]) -> None:
+    """Print how pairs were measured, and how far to trust them."""
     counts = sorted({result["rounds"] for result in report["results"]})
     rounds = " to ".join(str(number) for number in dict.fromkeys((counts[0], counts[-1])))
     say(
-        console,
         f"{report['settings']['dtype']}; medians of {rounds} rounds, in which the two of a pair"
-        " take turns in a process of their own; fastadam's own time is of the same rounds.",
+        " take turns in a process of their own; fastadam's own time is of the same rounds."
     )
     crowded = sum(result["crowded"] for result in report["results"])
     apart = sum(result["noisy"] and not result["crowded"] for result in report["results"])
@@ -336,21 +217,103 @@ def show_conditions(console: Console, report: Mapping[str, Any]) -> None:
     if apart or crowded:
         text = "; ".join(f"{number} because {reason}" for number, reason in reasons if number)
         say(
-            console,
             f"noisy: {apart + crowded} of {len(report['results'])} ratios are too uncertain to "
-            f"show: {text}.",
+            f"show: {text}."
         )
-    busy = [cpus for cpus in report["other_cpus"].values() if cpus and cpus > BUSY]
-    if busy and "device" in report:
+    busy = max((cpus or 0.0 for cpus in report["other_cpus"].values()), default=0.0)
+    if busy > BUSY:
+        means = (
+            " meanwhile, which may have held up calls on the host."
+            if "device" in report
+            else " meanwhile. Threads that wait for one another then take many times as long, so"
+            " that the ratios say little: measure again on an idle machine."
+        )
+        say(f"Warning: other processes kept up to {busy:.1f} CPUs busy{means}")
+
+
+# Beside busy processes
+
+
+def busy_processes(number: int) -> str:
+    """Say how many processes keep the machine busy, as it goes on after "beside".
+
+    Examples
+    --------
+    >>> from fastadam.bench.tables import busy_processes
+    >>> busy_processes(1), busy_processes(0)
+    ('1 busy process', 'no busy process')
+    """
+    return f"{number or 'no'} busy process{'es' if number > 1 else ''}"
+
+
+def show_load(report: Mapping[str, Any]) -> None:
+    """Print a table of each kind of loop, of `fastadam.bench.report.load_to_dict`."""
+    console = _console()
+    say(
+        f"\nMicroseconds of a step ({report['settings']['dtype']}) beside "
+        f"{busy_processes(report['settings']['load'])}; then the mean of "
+        "fastadam over the mean of fastadam in one thread, and its standard error.\n"
+    )
+    for total in report["geometric_means"]:
+        kind = "clipped steps" if total["clipped"] else "steps"
+        work = total["work_seconds"]
+        where = f"with {work * 1e3:g} ms of other work between them" if work else "in a bare loop"
+        say(f"{kind}, {where}".capitalize())
+        columns = _load_columns(report, total, console.options.ascii_only)
+        for part in split(columns[:1], columns[1:], console.width):
+            print_columns(console, part)
+    _show_conditions(report)
+    _show_load_noise(report)
+
+
+def _load_columns(
+    report: Mapping[str, Any], total: Mapping[str, Any], ascii_only: bool
+) -> list[Column]:
+    ratios, results = (
+        [
+            one
+            for one in report[key]
+            if all(one[k] == total[k] for k in ("work_seconds", "clipped"))
+        ]
+        for key in ("ratios", "results")
+    )
+    columns = [column(("", "elements"), [*(f"{one['elements']:,}" for one in ratios), "all"])]
+    heads = {"fastadam": "fastadam", "fastadam-1": "1 thread", "torch-fused": "torch"}
+    for name, head in heads.items():
+        own = [one for one in results if one["contender"] == name]
+        for key, first in (("mean", head), ("median", "")) if own else ():
+            cells = [f"{one[f'{key}_seconds'] * 1e6:,.0f}" for one in own]
+            columns.append(column((first, key), [*cells, ""]))
+    plus_minus = "+-" if ascii_only else "\N{PLUS-MINUS SIGN}"
+    texts = [
+        f"{format_ratio(one['ratio'])} {plus_minus} {format_ratio(one['standard_error'])}"
+        + (" noisy" if one["noisy"] else "")
+        for one in (*ratios, total)
+    ]
+    # All as long as the longest, so that numbers stand below one another.
+    length = max(map(len, texts))
+    return [*columns, column(("", "ratio"), [f"{text:<{length}}" for text in texts])]
+
+
+def _show_load_noise(report: Mapping[str, Any]) -> None:
+    noisy = any(one["noisy"] for one in (*report["ratios"], *report["geometric_means"]))
+    fewest = min(one["steps"] for one in report["results"])
+    say(
+        f"Means and medians of {fewest} steps or more, in short turns beside the same processes; "
+        "all: the geometric mean of the ratios"
+        + ("; noisy: the standard error is more than a tenth of the ratio." if noisy else "."),
+    )
+    got, expected, others = (
+        report[key] for key in ("load_cpus", "expected_load_cpus", "other_cpus")
+    )
+    if expected:
+        say(f"The busy processes kept {got:.2f} CPUs busy, or more.")
+    if got < LEAST_SHARE * expected:
         say(
-            console,
-            f"Warning: other processes kept up to {max(busy):.1f} CPUs busy meanwhile, which may"
-            " have held up calls on the host.",
+            f"Warning: their fair share would have been {expected:.2f} CPUs. The load was less "
+            "than it should be."
         )
-    elif busy:
-        say(
-            console,
-            f"Warning: other processes kept up to {max(busy):.1f} CPUs busy meanwhile. Threads"
-            " that wait for one another then take many times as long, so that the ratios say"
-            " little: measure again on an idle machine.",
-        )
+    if others and others > BUSY:
+        say(f"Warning: other processes kept {others:.1f} CPUs busy besides.")
+    for one in report["not_measured"]:
+        say(f"Not measured: {peers.by_name(one['contender']).title}: {one['reason']}")

@@ -12,19 +12,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = [
-    "CPU",
-    "CUDA",
-    "QUICK",
-    "QUICK_SIZES",
-    "SIZES",
-    "STEP",
-    "TAIL",
-    "WORKLOADS",
-    "Defaults",
-    "count",
-    "draw",
-]
+__all__ = ["DEFAULTS", "WORKLOADS", "Defaults", "Shape", "count", "draw"]
 
 Shape = tuple[int, ...]
 
@@ -68,22 +56,14 @@ WORKLOADS: dict[str, list[Shape]] = {
     # GPT-2 small: 148 tensors, 124,439,808 elements.
     "gpt2": _gpt2(),
 }
-STEP = ("micro", "mlp", "many", "20M", "gpt2")
-TAIL = ("micro", "mlp", "many", "20M", "67M", "gpt2")
-QUICK = ("micro", "mlp", "many")
-SIZES = tuple(10**k for k in range(3, 9))
-QUICK_SIZES = tuple(10**k for k in range(3, 6))
 
 
 class Defaults(NamedTuple):
     """What is measured on one kind of device where nobody says otherwise.
 
-    Attributes
-    ----------
-    step, tail, quick : tuple of str
-        Workloads: of a step, of the whole tail of a step, and with ``--quick``.
-    sizes, quick_sizes, tail_sizes : tuple of int
-        Lengths of single arrays.
+    Names of workloads of a step, of the whole tail of a step, and with
+    ``--quick``; then lengths of single arrays, of a step, with ``--quick``, and
+    with the tail.
     """
 
     step: tuple[str, ...]
@@ -91,33 +71,31 @@ class Defaults(NamedTuple):
     quick: tuple[str, ...]
     sizes: tuple[int, ...]
     quick_sizes: tuple[int, ...]
-    tail_sizes: tuple[int, ...]
+    tail_sizes: tuple[int, ...] = ()
 
 
-CPU = Defaults(STEP, TAIL, QUICK, SIZES, QUICK_SIZES, ())
-# Launches are what counts for the many, memory for the others.
-CUDA = Defaults(
-    step=("many", "gpt2"),
-    tail=("many", "gpt2"),
-    quick=("many",),
-    sizes=tuple(10**k for k in range(6, 10)),
-    quick_sizes=(10**6, 10**7),
-    tail_sizes=(10**8,),
-)
+DEFAULTS = {
+    "cpu": Defaults(
+        step=("micro", "mlp", "many", "20M", "gpt2"),
+        tail=("micro", "mlp", "many", "20M", "67M", "gpt2"),
+        quick=("micro", "mlp", "many"),
+        sizes=tuple(10**k for k in range(3, 9)),
+        quick_sizes=tuple(10**k for k in range(3, 6)),
+    ),
+    # Launches are what counts for the many, memory for the others.
+    "cuda": Defaults(
+        step=("many", "gpt2"),
+        tail=("many", "gpt2"),
+        quick=("many",),
+        sizes=tuple(10**k for k in range(6, 10)),
+        quick_sizes=(10**6, 10**7),
+        tail_sizes=(10**8,),
+    ),
+}
 
 
 def count(shapes: Sequence[Shape]) -> int:
     """Count the elements of arrays of these shapes.
-
-    Parameters
-    ----------
-    shapes : sequence of tuple of int
-        One shape per array.
-
-    Returns
-    -------
-    int
-        The sum of their sizes.
 
     Examples
     --------
@@ -131,24 +109,10 @@ def count(shapes: Sequence[Shape]) -> int:
 def draw(
     shapes: Sequence[Shape], dtype: str, seed: int = 0
 ) -> tuple[list[NDArray[Any]], list[NDArray[Any]]]:
-    """Make parameters and gradients.
+    """Make parameters and gradients of these shapes; the same seed gives the same values.
 
     Their absolute values lie between 0.1 and 1: squares of tiny gradients
     would be subnormal, and arithmetic on those is slow.
-
-    Parameters
-    ----------
-    shapes : sequence of tuple of int
-        One shape per array.
-    dtype : str
-        ``"float32"`` or ``"float64"``.
-    seed : int, default 0
-        The same seed gives the same values.
-
-    Returns
-    -------
-    params, grads : lists of ndarray
-        New arrays, in the order of `shapes`.
 
     Examples
     --------

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastadam.bench import cuda_library, memory, peers, workloads
-from fastadam.bench.parts import Part, missing_lines, show, to_dict
-from fastadam.bench.session import measure
-from fastadam.cli import (
+from fastadam.bench import arrays, load, peers, report, session, tables, workloads
+from fastadam.bench.child import ChildError
+from fastadam.bench.contenders import HYPERPARAMETERS, TAIL
+from fastadam.bench.plot import save_plot
+from fastadam.bench.report import Part
+from fastadam.cli.common import (
     CommandError,
-    bench_load,
+    check_files,
+    check_picture,
     counted,
     output_path,
-    outputs,
+    progress_bar,
     require,
+    save,
     say,
     whole_number,
     write,
@@ -25,33 +30,26 @@ from fastadam.cli import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from fastadam.bench.load import Row, UnderLoad
     from fastadam.bench.peers import Peer
     from fastadam.bench.session import Session
 
-__all__ = ["add_parser", "run"]
+__all__ = ["DESCRIPTION", "HELP", "add_arguments", "run"]
 
+HELP = "measure fastadam beside other optimizers on this machine"
+DESCRIPTION = (
+    "Measure the time of a step beside every other optimizer that is installed, and beside the "
+    "times in which this machine can move as much memory, without arithmetic and with a square "
+    "root and a division for each element. Takes minutes; DeepSpeed compiles its extension the "
+    "first time."
+)
 ROUNDS, QUICK_ROUNDS = 15, 7
 STDOUT = Path("-")
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
-    """Add ``bench`` to the commands.
-
-    Parameters
-    ----------
-    subparsers : argparse subparsers action
-        Of the ``fastadam`` parser; modified.
-    """
-    parser = subparsers.add_parser(
-        "bench",
-        help="measure fastadam beside other optimizers on this machine",
-        description=(
-            "Measure the time of a step beside every other optimizer that is installed, and "
-            "beside the times in which this machine can move as much memory, without arithmetic "
-            "and with a square root and a division for each element. Takes minutes; "
-            "DeepSpeed compiles its extension the first time."
-        ),
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
     add = parser.add_argument
     add(
         "--device",
@@ -85,7 +83,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     sizes.add_argument(
         "--no-sizes", dest="sizes", action="store_const", const=(), help="no single arrays"
     )
-    names = list(dict.fromkeys(peer.name for peer in (*peers.PEERS, *peers.CUDA_PEERS)))
+    names = [peer.name for peer in peers.PEERS]
     add(
         "--peer",
         action="append",
@@ -116,7 +114,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     add(
         "--max-memory",
-        type=_bytes,
+        type=byte_size,
         metavar="SIZE",
         help="leave out what needs more than this on the device, such as 4G (default: what is "
         "available)",
@@ -128,77 +126,6 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="save all results, settings and versions; - prints them in place of the tables",
     )
     add("--plot", type=output_path, metavar="FILE.png", help="save a picture (.png, .svg or .pdf)")
-    parser.set_defaults(run=run)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Measure, show, and save what was asked for.
-
-    Parameters
-    ----------
-    args : argparse.Namespace
-        From the parser of `add_parser`.
-
-    Returns
-    -------
-    int
-        0.
-
-    Raises
-    ------
-    CommandError
-        If the request contradicts itself, an optional package or the device
-        is missing, or nothing could be measured.
-    """
-    json_file = None if args.json == STDOUT else args.json
-    if args.load is not None:
-        return bench_load.run(args, json_file)
-    chosen = _peers(args.peer, args.device)
-    parts = _parts(args)
-    outputs.check_picture(args.plot)
-    outputs.check_files({"--plot": args.plot, "--json": json_file})
-    require("rich", *(["matplotlib"] if args.plot else []), extra="bench")
-    if args.device == "cuda":
-        missing = cuda_library.why_no_device()
-        if missing is not None:
-            raise CommandError(f"--device cuda must find a CUDA device, got none: {missing}")
-    rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
-    for part in parts:
-        if args.json != STDOUT:
-            say(_announcement(chosen, part, args.dtype))
-        part.session = _measure(chosen, part, args, rounds)
-    report = to_dict(parts, _settings(args, parts, rounds))
-    if not report["results"]:
-        reasons = "; ".join(missing_lines(parts))
-        raise CommandError(f"nothing could be measured: {reasons}", status=1)
-
-    text = json.dumps(report, indent=1, allow_nan=False)
-    if args.json == STDOUT:
-        write(text)
-    else:
-        show(parts, report)
-        absent = _absent(args.peer, args.device)
-        if absent:
-            say(absent)
-    if json_file is not None:
-        _save(args, json_file, lambda path: path.write_text(text + "\n", encoding="utf-8"))
-    if args.plot is not None:
-        from fastadam.bench.plot import save_plot
-
-        part = parts[0]
-        title = f"fastadam bench: {part.what}, {args.dtype}\n"
-        threads = part.session.threads.get("fastadam")
-        cpu = f"{report['machine']['cpu']}, {threads} threads"
-        title += report["device"]["name"] if args.device == "cuda" else cpu
-        own = {name: part.shapes[name] for name in part.named}
-        _save(
-            args,
-            args.plot,
-            lambda path: save_plot(
-                part.session, path, workloads=own, sizes=part.sizes, title=title
-            ),
-        )
-    return 0
 
 
 def _sizes(text: str) -> tuple[int, ...]:
@@ -216,15 +143,99 @@ def _sizes(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(sizes))
 
 
-def _bytes(text: str) -> int:
-    try:
-        return memory.parse_bytes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+def byte_size(text: str) -> int:
+    """Argument type: a number of bytes, with K, M, G or T for powers of 1,024.
+
+    Examples
+    --------
+    >>> from fastadam.cli.bench import byte_size
+    >>> byte_size("1.5G")
+    1610612736
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    number = int(float(found[1]) * UNITS[found[2].upper()]) if found else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(
+            f"must be a size in bytes such as 500M or 4G, got {text!r}"
+        )
+    return number
 
 
 def _json_path(text: str) -> Path:
     return STDOUT if text == "-" else output_path(text)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, show, and save what was asked for.
+
+    Raises
+    ------
+    CommandError
+        If the request contradicts itself, an optional package or the device
+        is missing, a process ended, or nothing could be measured.
+    """
+    if args.load is not None:
+        return _run_load(args)
+    chosen = _peers(args.peer, args.device)
+    parts = _parts(args)
+    check_picture(args.plot)
+    check_files({"--plot": args.plot, "--json": None if args.json == STDOUT else args.json})
+    require("rich", *(["matplotlib"] if args.plot else []), extra="bench")
+    if args.device == "cuda":
+        missing = arrays.why_no_device()
+        if missing is not None:
+            raise CommandError(f"--device cuda must find a CUDA device, got none: {missing}")
+    rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
+    found = session.Session(args.device)
+    for part in parts:
+        if args.json != STDOUT:
+            say(_announcement(chosen, part, args.dtype))
+        _measure(found, chosen, part, args, rounds)
+    shapes = {name: shape for part in parts for name, shape in part.shapes.items()}
+    facts = report.to_dict(found, _settings(args, parts, rounds), shapes)
+    if not facts["results"]:
+        reasons = "; ".join(report.not_measured(found.missing, parts))
+        raise CommandError(f"nothing could be measured: {reasons}", status=1)
+
+    def show() -> None:
+        tables.show(found, parts, facts)
+        # Who is not installed takes part nowhere, unless he is asked for: then it says why not.
+        absent = [peer.title for peer in _peers_on(args.device) if not peer.installed]
+        if absent and args.peer is None:
+            say(f"Not installed, so not compared: {', '.join(absent)}.")
+
+    _output(args, facts, show)
+    if args.plot is not None:
+        _plot(args, found, parts[0], facts)
+    return 0
+
+
+def _output(args: argparse.Namespace, facts: Mapping[str, Any], show: Callable[[], None]) -> None:
+    text = json.dumps(facts, indent=1, allow_nan=False)
+    if args.json == STDOUT:
+        write(text)
+        return
+    show()
+    if args.json is not None:
+        save(args.json, text)
+        say(f"Saved {args.json}")
+
+
+def _plot(args: argparse.Namespace, found: Session, part: Part, facts: Mapping[str, Any]) -> None:
+    where = f"{facts['machine']['cpu']}, {found.threads.get('fastadam')} threads"
+    where = facts["device"]["name"] if args.device == "cuda" else where
+    title = f"fastadam bench: {part.what}, {args.dtype}\n{where}"
+    results = found.results(part.tail)
+    save(
+        args.plot,
+        lambda path: save_plot(results, path, names=part.named, sizes=part.sizes, title=title),
+    )
+    if args.json != STDOUT:
+        say(f"Saved {args.plot}")
+
+
+def _peers_on(device: str) -> list[Peer]:
+    return [peer for peer in peers.PEERS if device in peer.devices]
 
 
 def _peers(names: Sequence[str] | None, device: str = "cpu") -> list[Peer]:
@@ -232,27 +243,17 @@ def _peers(names: Sequence[str] | None, device: str = "cpu") -> list[Peer]:
     if names and "none" in names and set(names) != {"none"}:
         others = ", ".join(name for name in names if name != "none")
         raise CommandError(f"--peer none must not be given with others, got {others}")
-    every = {"cpu": (peers.OWN, peers.PEERS), "cuda": (peers.CUDA_OWN, peers.CUDA_PEERS)}
-    ours, theirs = every[device]
-    known = {peer.name for peer in theirs}
+    theirs = _peers_on(device)
+    known = [peer.name for peer in theirs]
     for name in names or ():
-        if name != "none" and name not in known:
+        if name not in (*known, "none"):
             raise CommandError(
-                f"--peer must be one of {', '.join(peer.name for peer in theirs)} with --device "
-                f"{device}, got {name}"
+                f"--peer must be one of {', '.join(known)} with --device {device}, got {name}"
             )
-    own = [peer for peer in ours if peer.name in peers.ROOFLINES]
-    rest = [peer for peer in ours if peer.name not in peers.ROOFLINES]
-    # Who is not installed takes part nowhere, unless he is asked for: then it says why not.
+    ours = [peer for peer in peers.OWN if device in peer.devices]
+    ours.sort(key=lambda peer: peer.name not in peers.ROOFLINES)
     wanted = [peer for peer in theirs if (peer.installed if names is None else peer.name in names)]
-    return own + rest + wanted
-
-
-def _absent(names: Sequence[str] | None, device: str) -> str:
-    """Say who could take part if installed, an empty string if none."""
-    every = peers.CUDA_PEERS if device == "cuda" else peers.PEERS
-    absent = [peer.title for peer in every if names is None and not peer.installed]
-    return f"Not installed, so not compared: {', '.join(absent)}." if absent else ""
+    return ours + wanted
 
 
 def _announcement(chosen: Sequence[Peer], part: Part, dtype: str) -> str:
@@ -266,44 +267,39 @@ def _announcement(chosen: Sequence[Peer], part: Part, dtype: str) -> str:
     )
 
 
-def _workloads(args: argparse.Namespace) -> tuple[list[str], tuple[int, ...]]:
-    known = workloads.CUDA if args.device == "cuda" else workloads.CPU
-    default = known.quick if args.quick else known.tail if args.tail else known.step
-    named = list(dict.fromkeys(args.workload or default))
-    if args.sizes is not None:
-        return named, args.sizes
-    if args.workload:
-        return named, ()
-    if args.tail:
-        return named, () if args.quick else known.tail_sizes
-    return named, known.quick_sizes if args.quick else known.sizes
-
-
 def _parts(args: argparse.Namespace) -> list[Part]:
     """Return what to measure; on a CUDA device, one command answers all questions."""
-    parts = [Part(args.tail, *_workloads(args))]
-    if args.device == "cuda" and not (args.tail or args.workload or args.sizes):
-        tail = argparse.Namespace(**{**vars(args), "tail": True})
-        parts.append(Part(True, *_workloads(tail)))
-    return parts
+    both = args.device == "cuda" and not (args.tail or args.workload or args.sizes)
+    return [_part(args, tail) for tail in ((False, True) if both else (args.tail,))]
 
 
-def _measure(chosen: Sequence[Peer], part: Part, args: argparse.Namespace, rounds: int) -> Session:
-    shapes = part.shapes
+def _part(args: argparse.Namespace, tail: bool) -> Part:
+    known = workloads.DEFAULTS[args.device]
+    named = args.workload or (known.quick if args.quick else known.tail if tail else known.step)
+    if args.sizes is not None:
+        sizes = args.sizes
+    elif args.workload or (tail and args.quick):
+        sizes = ()
+    elif tail:
+        sizes = known.tail_sizes
+    else:
+        sizes = known.quick_sizes if args.quick else known.sizes
+    shapes = {name: workloads.WORKLOADS[name] for name in named}
+    return Part(tail, {**shapes, **{str(size): [(size,)] for size in sizes}})
+
+
+def _bar(**options: Any) -> Any:
     from rich import progress
-    from rich.console import Console
 
-    # On stderr, and only where someone looks: what goes to a file is the result alone.
-    console = Console(stderr=True)
-    columns = (
-        progress.BarColumn(bar_width=20),
-        progress.TextColumn("{task.fields[status]}"),
-        progress.TimeElapsedColumn(),
-    )
-    with progress.Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task("bench", total=len(chosen) * len(shapes), status="starting")
+    status = progress.TextColumn("{task.fields[status]}")
+    return progress_bar(20, status, progress.TimeElapsedColumn(), transient=True, **options)
+
+
+def _measure(
+    found: Session, chosen: Sequence[Peer], part: Part, args: argparse.Namespace, rounds: int
+) -> None:
+    with _bar() as bar:
+        task = bar.add_task("bench", total=len(chosen) * len(part.shapes), status="starting")
         finished: set[tuple[str, str]] = set()
 
         def on_event(peer: Peer, event: Mapping[str, Any]) -> None:
@@ -315,17 +311,17 @@ def _measure(chosen: Sequence[Peer], part: Part, args: argparse.Namespace, round
             if event["event"] in ("result", "skipped") and name is not None:
                 finished.add((peer.name, name))
             if event["event"] in ("unavailable", "died", "end"):
-                finished.update((peer.name, name) for name in shapes)
+                finished.update((peer.name, name) for name in part.shapes)
             bar.update(task, completed=len(finished), status=status)
 
-        return measure(
+        session.measure(
+            found,
             chosen,
-            shapes,
+            part.shapes,
             tail=part.tail,
             dtype=args.dtype,
             rounds=rounds,
             max_memory=args.max_memory,
-            device=args.device,
             on_event=on_event,
         )
 
@@ -334,13 +330,64 @@ def _settings(args: argparse.Namespace, parts: Sequence[Part], rounds: int) -> d
     settings = {
         **{name: getattr(args, name) for name in ("tail", "dtype", "max_memory")},
         "rounds": rounds,
-        **peers.HYPERPARAMETERS,
-        **(peers.TAIL if any(part.tail for part in parts) else {}),
+        **HYPERPARAMETERS,
+        **(TAIL if any(part.tail for part in parts) else {}),
     }
     return settings | {"device": "cuda"} if args.device == "cuda" else settings
 
 
-def _save(args: argparse.Namespace, path: Path, content: Callable[[Path], object]) -> None:
-    outputs.save(path, content)
+# Beside busy processes
+
+
+def _run_load(args: argparse.Namespace) -> int:
+    _check_load(args)
+    require("rich", extra="bench")
     if args.json != STDOUT:
-        say(f"Saved {path}")
+        say(
+            f"Measuring steps beside {tables.busy_processes(args.load)}: about half a minute "
+            "for each size. Use the machine for nothing else meanwhile."
+        )
+    try:
+        found = _measure_load(args)
+    except ChildError as error:
+        raise CommandError(f"could not be measured: {error}", status=1) from error
+    facts = report.load_to_dict(found, {"load": args.load, "dtype": args.dtype})
+    _output(args, facts, lambda: tables.show_load(facts))
+    return 0
+
+
+def _check_load(args: argparse.Namespace) -> None:
+    given = {
+        "--device cuda": args.device == "cuda",
+        "--quick": args.quick,
+        "--tail": args.tail,
+        "--workload": args.workload,
+        "--no-sizes": args.sizes == (),
+        "--rounds": args.rounds,
+        "--max-memory": args.max_memory,
+        "--plot": args.plot,
+    }
+    for option, value in given.items():
+        if value:
+            raise CommandError(f"--load must not be given with {option}")
+    others = [name for name in args.peer or () if name not in ("torch-fused", "none")]
+    if others:
+        raise CommandError(f"--load must not be given with --peer {others[0]}")
+
+
+def _measure_load(args: argparse.Namespace) -> UnderLoad:
+    # Drawn between the turns, by this thread: nothing else runs within them.
+    with _bar(auto_refresh=False) as bar:
+        task = bar.add_task("bench", total=None, status="starting")
+
+        def on_turn(done: int, total: int, row: Row, contender: str) -> None:
+            status = f"{row.size:,} elements: {load.CONTENDERS[contender]}"
+            bar.update(task, completed=done, total=total, status=status, refresh=True)
+
+        return load.measure(
+            args.load,
+            sizes=args.sizes or load.SIZES,
+            dtype=args.dtype,
+            with_torch=args.peer is None or "torch-fused" in args.peer,
+            on_turn=on_turn,
+        )

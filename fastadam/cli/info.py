@@ -8,13 +8,14 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any
 
-from fastadam.cli import columns, counted, in_rows, probe, write
+from fastadam import machine
+from fastadam.cli.common import columns, counted, in_rows, write
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Mapping
 
-__all__ = ["add_parser", "gather", "run"]
+__all__ = ["DESCRIPTION", "HELP", "add_arguments", "gather", "run"]
 
 # CPUs kept busy by others from which a machine counts as busy: a short look sees less than that
 # now and then on any machine.
@@ -30,39 +31,20 @@ LOCAL_PROCESSES = (
 )
 
 
-def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
-    """Add ``info`` to the commands.
+HELP = "show what fastadam uses on this machine"
+DESCRIPTION = (
+    "Show versions, SIMD, threads, GPU and compile cache as a step would find them here, and warn "
+    "of settings that slow it down."
+)
 
-    Parameters
-    ----------
-    subparsers : argparse subparsers action
-        Of the ``fastadam`` parser; modified.
-    """
-    parser = subparsers.add_parser(
-        "info",
-        help="show what fastadam uses on this machine",
-        description=(
-            "Show versions, SIMD, threads, GPU and compile cache as a step would find them "
-            "here, and warn of settings that slow it down."
-        ),
-    )
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
     parser.add_argument("--json", action="store_true", help="print the same as JSON")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Gather and print.
-
-    Parameters
-    ----------
-    args : argparse.Namespace
-        From the parser of `add_parser`.
-
-    Returns
-    -------
-    int
-        0.
-    """
+    """Gather and print."""
     facts = gather()
     if args.json:
         write(json.dumps(facts, indent=1, allow_nan=False))
@@ -107,7 +89,7 @@ def gather() -> dict[str, Any]:
             elements from which a step uses several threads).
         ``gpu``
             ``used`` (bool: a step can run there), ``visible`` (list of str),
-            ``devices`` (list of dict, as of `fastadam.bench.driver.ask`),
+            ``devices`` (list of dict, as of `fastadam.machine.cuda_devices`),
             ``package`` (str or None: why numba-cuda cannot be used),
             ``summary`` (str).
         ``cache``
@@ -123,13 +105,13 @@ def gather() -> dict[str, Any]:
     ['cache', 'gpu', 'machine', 'simd', 'threads', 'versions', 'warnings']
     """
     facts: dict[str, Any] = {
-        "versions": probe.versions(),
+        "versions": machine.versions(),
         # Before the launch, which may narrow the affinity, and leaves threads spinning.
-        "machine": {**probe.machine(), "busy_cpus": probe.busy_cpus()},
-        "simd": probe.simd(),
-        "threads": probe.threads(),
-        "gpu": probe.gpu(),
-        "cache": probe.cache(),
+        "machine": {**machine.processor(), "busy_cpus": machine.busy_cpus()},
+        "simd": machine.simd(),
+        "threads": machine.threads(),
+        "gpu": machine.gpu(),
+        "cache": machine.compile_cache(),
     }
     facts["warnings"] = _warnings(facts, os.environ)
     return facts
@@ -137,8 +119,8 @@ def gather() -> dict[str, Any]:
 
 def _warnings(facts: Mapping[str, Any], environ: Mapping[str, str]) -> list[str]:
     """Name what serialises a step, oversubscribes the CPUs, or makes processes compile."""
-    machine, threads, cache = facts["machine"], facts["threads"], facts["cache"]
-    cpus, allowed, quota = (machine[key] for key in ("cpus", "cpus_allowed", "cpu_quota"))
+    own, threads, cache = facts["machine"], facts["threads"], facts["cache"]
+    cpus, allowed, quota = (own[key] for key in ("cpus", "cpus_allowed", "cpu_quota"))
     count, seen, on_cpus = (threads[key] for key in ("count", "seen", "on_cpus"))
     asked, limit = environ.get("NUMBA_NUM_THREADS"), environ.get("OMP_THREAD_LIMIT")
     binding = _settings(BINDING, environ) or "by default"
@@ -165,7 +147,7 @@ def _warnings(facts: Mapping[str, Any], environ: Mapping[str, str]) -> list[str]
             f"the control group (a container's CPU limit) grants the time of {quota:g} CPUs to"
             f" {count} threads: set NUMBA_NUM_THREADS={max(1, int(quota))}"
         )
-    busy = machine["busy_cpus"]
+    busy = own["busy_cpus"]
     if busy is not None and count > 1 and busy >= BUSY and busy + count > cpus + BUSY:
         free = max(1, min(count - 1, int(cpus - busy + BUSY)))
         fewer = "one thread" if free == 1 else f"{free} threads"
@@ -218,14 +200,10 @@ def _settings(names: str, environ: Mapping[str, str], unless: str | None = None)
 
 
 def _render(facts: Mapping[str, Any], columns: int | None) -> str:
-    versions, machine, simd = facts["versions"], facts["machine"], facts["simd"]
-    threads, cache, parallel_from = (
-        facts["threads"],
-        facts["cache"],
-        facts["threads"]["parallel_from"],
-    )
+    versions, own, simd = facts["versions"], facts["machine"], facts["simd"]
+    threads, cache = facts["threads"], facts["cache"]
     optional = ", ".join(f"{name} {version}" for name, version in versions["optional"].items())
-    quota, busy = machine["cpu_quota"], machine["busy_cpus"]
+    quota, busy = own["cpu_quota"], own["busy_cpus"]
     kept_busy = None if busy is None else f"about {busy:.1f}" if busy >= 0.05 else "none"
     forced = _settings("NUMBA_CPU_NAME NUMBA_CPU_FEATURES NUMBA_ENABLE_AVX", os.environ)
     rows = [
@@ -234,17 +212,17 @@ def _render(facts: Mapping[str, Any], columns: int | None) -> str:
         ("NumPy", versions["numpy"]),
         ("Numba", f"{versions['numba']}, llvmlite {versions['llvmlite']}"),
         ("optional", optional or "none"),
-        ("system", machine["system"]),
-        ("CPU", machine["cpu"]),
+        ("system", own["system"]),
+        ("CPU", own["cpu"]),
         ("SIMD", simd["summary"]),
         ("", f"for {simd['compiled_for'] or 'no processor'}{f' ({forced})' if forced else ''}"),
-        ("CPUs", f"{machine['cpus']}, {machine['cpus_allowed']} allowed"),
+        ("CPUs", f"{own['cpus']}, {own['cpus_allowed']} allowed"),
         ("", "" if quota is None else f"the time of {quota:g} granted"),
         ("", f"{kept_busy} kept busy by other processes" if kept_busy else ""),
         ("threads", f"{threads['count']} (tested: {threads['seen']} worked)"),
     ]
     if threads["count"] > 1:
-        rows.append(("", f"from {parallel_from:,} elements on; smaller steps take one"))
+        rows.append(("", f"from {threads['parallel_from']:,} elements on; smaller steps take one"))
     for name, layer in threads["layers"].items():
         state = "available" if layer["available"] else "not available"
         state = "in use" if name == threads["layer"] else state

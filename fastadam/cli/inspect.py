@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastadam.cli import CommandError, columns, in_rows, printable, require, write
+from fastadam.cli.common import CommandError, columns, in_rows, printable, require, write
 
 if TYPE_CHECKING:
     import argparse
@@ -17,28 +17,21 @@ if TYPE_CHECKING:
 
     from fastadam.checkpoint import Checkpoint
 
-__all__ = ["add_parser", "explained", "read", "run"]
+__all__ = ["DESCRIPTION", "HELP", "add_arguments", "explained", "read", "run"]
 
 # What of a text or a list of any length is shown, and how far a long name moves a column.
 LONGEST, WIDEST = 200, 48
 
 
-def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
-    """Add ``inspect`` to the commands.
+HELP = "show what a checkpoint holds"
+DESCRIPTION = (
+    "Show what a checkpoint holds: steps, schedule, hyperparameters, tensors, and whether their "
+    "checksums are right."
+)
 
-    Parameters
-    ----------
-    subparsers : argparse subparsers action
-        Of the ``fastadam`` parser; modified.
-    """
-    parser = subparsers.add_parser(
-        "inspect",
-        help="show what a checkpoint holds",
-        description=(
-            "Show what a checkpoint holds: steps, schedule, hyperparameters, tensors, and "
-            "whether their checksums are right."
-        ),
-    )
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
     add = parser.add_argument
     add("file", type=Path, metavar="FILE", help="what fastadam.save wrote")
     add("--json", action="store_true", help="print the same as JSON")
@@ -48,28 +41,10 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         action="store_false",
         help="read the header alone, not the tensors for their checksums",
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read and print.
-
-    Parameters
-    ----------
-    args : argparse.Namespace
-        From the parser of `add_parser`.
-
-    Returns
-    -------
-    int
-        0.
-
-    Raises
-    ------
-    CommandError
-        If the file is not there (status 2), is no checkpoint or is damaged
-        (status 1), or safetensors is not installed.
-    """
+    """Read and print."""
     checkpoint = read(args.file, verify=args.verify)
     with explained(args.file):
         size = args.file.stat().st_size
@@ -82,23 +57,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read(path: Path, *, verify: bool) -> Checkpoint:
-    """Return what a checkpoint says, apart from its tensors' values.
+    """Return what a checkpoint says apart from its tensors' values.
 
-    Parameters
-    ----------
-    path : pathlib.Path
-        The file.
-    verify : bool
-        Whether to read the tensors for their checksums.
-
-    Returns
-    -------
-    fastadam.checkpoint.Checkpoint
-
-    Raises
-    ------
-    CommandError
-        As of `explained`, and if safetensors is not installed.
+    These are read if `verify`, for their checksums. Raises as `explained`, and
+    CommandError if safetensors is not installed.
     """
     require("safetensors", extra="checkpoint")
     from fastadam import checkpoint
@@ -109,12 +71,7 @@ def read(path: Path, *, verify: bool) -> Checkpoint:
 
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Raise in one line whatever is wrong with a checkpoint that is read.
-
-    Parameters
-    ----------
-    path : pathlib.Path
-        The file.
+    """Say in one line whatever is wrong with a checkpoint that is read.
 
     Raises
     ------

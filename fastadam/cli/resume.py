@@ -8,7 +8,8 @@ import math
 import os
 from typing import TYPE_CHECKING, Any
 
-from fastadam.cli import CommandError, counted, inspect, output_path, printable
+from fastadam.cli import inspect
+from fastadam.cli.common import CommandError, counted, output_path, printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -34,23 +35,7 @@ PROGRAM = "fastadam train"  # marks the checkpoints that it wrote
 
 
 def checkpoint_path(text: str) -> Path:
-    """Argument type: a file that can be replaced by a checkpoint.
-
-    Parameters
-    ----------
-    text : str
-        A path.
-
-    Returns
-    -------
-    pathlib.Path
-        As `output_path`.
-
-    Raises
-    ------
-    argparse.ArgumentTypeError
-        If it cannot be written, nor a file beside it.
-    """
+    """Argument type: a file that can be replaced by a checkpoint."""
     # A checkpoint is written beside the file, and then put in its place.
     path = output_path(text)
     if path.exists() and not path.is_file():
@@ -61,43 +46,20 @@ def checkpoint_path(text: str) -> Path:
 
 
 def in_place(args: argparse.Namespace) -> bool:
-    """Whether the checkpoint is to be written to the file that is resumed from.
-
-    Parameters
-    ----------
-    args : argparse.Namespace
-        Of ``fastadam train``.
-
-    Returns
-    -------
-    bool
-    """
+    """Whether the checkpoint is to be written to the file that is resumed from."""
     return args.resume is not None and args.checkpoint == args.resume.resolve()
 
 
 def settings(
     args: argparse.Namespace, names: Sequence[str], saved: Checkpoint | None
 ) -> dict[str, Any]:
-    """Return what decides every loss; refuse options that contradict the file resumed from.
-
-    Parameters
-    ----------
-    args : argparse.Namespace
-        Of ``fastadam train``.
-    names : sequence of str
-        What it trains on.
-    saved : Checkpoint or None
-        What it goes on from.
-
-    Returns
-    -------
-    dict
-        Fit for JSON.
+    """Return what decides every loss, fit for JSON.
 
     Raises
     ------
     CommandError
-        For an option or names that contradict the file, or one of another program.
+        For an option or names that contradict the file resumed from, or one
+        of another program.
     """
     digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
     given = {name: getattr(args, name) for name in DEFAULTS}
@@ -149,20 +111,7 @@ def _written(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def note(path: Path, settings: Mapping[str, Any]) -> str:
-    """Return what the file holds of a run, whenever it was interrupted.
-
-    Parameters
-    ----------
-    path : pathlib.Path
-        The checkpoint.
-    settings : mapping
-        The run's.
-
-    Returns
-    -------
-    str
-        A line.
-    """
+    """Return what the file holds of a run, whenever it was interrupted."""
     try:
         checkpoint = inspect.read(path, verify=False)
         same = _written(path, checkpoint) == settings
@@ -174,20 +123,7 @@ def note(path: Path, settings: Mapping[str, Any]) -> str:
 
 
 def position(path: Path, steps: int, num_steps: int) -> str:
-    """Say where a run stands in a file.
-
-    Parameters
-    ----------
-    path : pathlib.Path
-        The checkpoint.
-    steps, num_steps : int
-        The steps taken, and those of the whole run.
-
-    Returns
-    -------
-    str
-        A line.
-    """
+    """Say where a run stands in a file."""
     file = printable(str(path))
     if steps == num_steps:
         return f"{file} holds the last step, {steps:,}: none is left to take"

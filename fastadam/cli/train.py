@@ -15,15 +15,17 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
-from fastadam.cli import (
+from fastadam.cli import inspect, resume
+from fastadam.cli.common import (
     CommandError,
+    check_files,
+    check_picture,
     columns,
     counted,
-    inspect,
     output_path,
-    outputs,
+    progress_bar,
     require,
-    resume,
+    save,
     say,
     whole_number,
 )
@@ -33,29 +35,22 @@ if TYPE_CHECKING:
 
     from fastadam.demo.train import StepRecord
 
-__all__ = ["add_parser", "run"]
+__all__ = ["DESCRIPTION", "HELP", "add_arguments", "run"]
 
 BETAS = (0.9, 0.95)
 EPS = 1e-8
 EVERY, KEEP = 100, 1
 
 
-def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
-    """Add ``train`` to the commands.
+HELP = "train a small model that makes up names"
+DESCRIPTION = (
+    "Train a character-level transformer (4,192 parameters) on a list of names, one name per "
+    "step, with Adam and a cosine schedule; then let it make up names."
+)
 
-    Parameters
-    ----------
-    subparsers : argparse subparsers action
-        Of the ``fastadam`` parser; modified.
-    """
-    parser = subparsers.add_parser(
-        "train",
-        help="train a small model that makes up names",
-        description=(
-            "Train a character-level transformer (4,192 parameters) on a list of names, one "
-            "name per step, with Adam and a cosine schedule; then let it make up names."
-        ),
-    )
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
     add = parser.add_argument
     add(
         "--names",
@@ -132,21 +127,10 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         metavar="FILE",
         help="go on from a checkpoint, with its settings, as if there had been no break",
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train, show, and save what was asked for.
-
-    Parameters
-    ----------
-    args : argparse.Namespace
-        From the parser of `add_parser`.
-
-    Returns
-    -------
-    int
-        0.
 
     Raises
     ------
@@ -162,10 +146,10 @@ def run(args: argparse.Namespace) -> int:
         if value is not None and args.checkpoint is None:
             raise CommandError(f"{option} must come with --checkpoint, got {value} alone")
     names = _names(args.names)
-    outputs.check_picture(args.plot)
+    check_picture(args.plot)
     saved = None if args.resume is None else inspect.read(args.resume, verify=False)
     settings = resume.settings(args, names, saved)
-    outputs.check_files(
+    check_files(
         {
             "--names": args.names,
             "--resume": args.resume,
@@ -223,12 +207,10 @@ def _train(
     if long:
         say(f"Of names of more than {CONTEXT} letters, {long} here, the rest is not learnt.")
 
-    def save(average: float) -> None:
+    def save_checkpoint(average: float) -> None:
         extra = {"program": resume.PROGRAM, "settings": settings, "average": average}
-        outputs.save(
-            args.checkpoint,
-            lambda path: fastadam.save(path, optimizer, keep=args.keep or KEEP, extra=extra),
-        )
+        keep = args.keep or KEEP
+        save(args.checkpoint, lambda path: fastadam.save(path, optimizer, keep=keep, extra=extra))
 
     steps = train(
         params,
@@ -240,7 +222,7 @@ def _train(
         average=average,
     )
     if args.checkpoint is not None:
-        steps = _saving(steps, save, every=args.every or EVERY, num_steps=num_steps)
+        steps = _saving(steps, save_checkpoint, every=args.every or EVERY, num_steps=num_steps)
     try:
         records = list(_progress(steps, first_step, num_steps))
         samples = [sample(params, sample_rng) for _ in range(args.samples)]
@@ -248,7 +230,7 @@ def _train(
         raise CommandError(f"{error}; try a lower --lr than {lr:g}", status=1) from error
     saved = args.checkpoint is not None and (bool(records) or not resume.in_place(args))
     if saved and not records:  # to another file, which is to hold the last step too
-        save(average)
+        save_checkpoint(average)
     seconds = time.perf_counter() - began
 
     if records:
@@ -256,14 +238,13 @@ def _train(
     _show_samples(samples, names)
     if args.json is not None:
         report = _report(args, settings, first_step, records, samples, seconds)
-        text = json.dumps(report, indent=1, allow_nan=False)
-        _write(args.json, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+        _save(args.json, json.dumps(report, indent=1, allow_nan=False))
     if args.plot is not None and records:
         from fastadam.demo.figures import save_plot
 
         told = counted(len(names), "name")
         title = f"fastadam train: {told}, lr {lr:g}, seed {settings['seed']}"
-        _write(args.plot, lambda path: save_plot(records, path, title=title))
+        _save(args.plot, lambda path: save_plot(records, path, title=title))
     elif args.plot is not None:
         say(f"No step to draw: {args.plot} is not written.")
     if saved:
@@ -307,24 +288,17 @@ def _progress(
     records: Iterable[StepRecord], first_step: int, num_steps: int
 ) -> Iterator[StepRecord]:
     from rich import progress
-    from rich.console import Console
 
-    # On stderr, and only where someone looks: what goes to a file is the result alone.
-    console = Console(stderr=True)
-    parts = (
-        progress.BarColumn(bar_width=10),
-        progress.MofNCompleteColumn(),
-        progress.TextColumn("{task.fields[status]}"),
-        progress.TimeRemainingColumn(),
-    )
+    status = progress.TextColumn("{task.fields[status]}")
+    parts = (progress.MofNCompleteColumn(), status, progress.TimeRemainingColumn())
     records = iter(records)
     # The first step before the bar: it may compile and say so, in a line that a bar would cut.
     first = list(islice(records, 1))
-    with progress.Progress(*parts, console=console, disable=not console.is_terminal) as bar:
+    with progress_bar(10, *parts) as bar:
         task = bar.add_task("train", total=num_steps, completed=first_step, status="")
         for record in chain(first, records):
-            status = f"loss {record.smoothed_loss:.3f}  lr {record.lr:.1e}"
-            bar.update(task, advance=1, status=status)
+            text = f"loss {record.smoothed_loss:.3f}  lr {record.lr:.1e}"
+            bar.update(task, advance=1, status=text)
             yield record
 
 
@@ -413,6 +387,6 @@ def _report(
     }
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    outputs.save(path, write)
+def _save(path: Path, content: str | Callable[[Path], object]) -> None:
+    save(path, content)
     say(f"Saved {path}")

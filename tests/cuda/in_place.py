@@ -13,7 +13,7 @@ from cuda.bindings import driver as real
 from numba.cuda.cudadrv.driver import CudaAPIError
 from ptx import Program
 
-from fastadam import _driver
+from fastadam.cuda import driver as fastadam_driver
 
 # What numba-cuda compiles for on devices of these capabilities.
 ARCHITECTURES = {(8, 0): (8, 0, ""), (9, 0): (9, 0, "a")}
@@ -85,20 +85,20 @@ def in_place(driver, program_of=program_of):
 
         return lambda *arguments: functools.partial(launch, *arguments)
 
-    free, used = _driver._free, [True]
+    free, used = fastadam_driver._free, [True]
 
     def free_if_used(*arguments):
         if used:  # what outlives the driver, as after an error, is not to ask the real one
             free(*arguments)
 
     names = {
-        "fastadam._driver": {
+        "fastadam.cuda.driver": {
             "_free": free_if_used,
             "binding": Binding(driver),
             "driver": Raising(driver),
             "cuda": SimpleNamespace(gpus={driver.number: device}),
         },
-        "fastadam._device": {
+        "fastadam.cuda.launch": {
             "launcher": launcher,
             "load_kernel": lambda compiled: program_of(compiled, driver.capability),
             "synchronize_all": Raising(driver).cuCtxSynchronize,

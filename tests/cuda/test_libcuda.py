@@ -27,11 +27,12 @@ def run(optional):
         pytest.skip("no gcc to build a libcuda with")
 
     def run_files(names, chosen, at_least):
-        folders = [FOLDER, TESTS, TESTS.parent, os.environ.get("PYTHONPATH", "")]
+        folders = [FOLDER, TESTS / "support", TESTS.parent, os.environ.get("PYTHONPATH", "")]
         own = {"PYTHONPATH": os.pathsep.join(map(str, folders)), "NUMBA_ENABLE_CUDASIM": "0"}
         options = ["-q", "-rf", "--tb=short", "-p", "no:cacheprovider", "-p", "libcuda_driver"]
+        files = [FOLDER / name for name in names]
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", *options, "-k", chosen, *names],
+            [sys.executable, "-m", "pytest", *options, "-k", chosen, *files],
             env={**os.environ, **own},
             cwd=TESTS.parent,
             capture_output=True,
@@ -50,9 +51,9 @@ def run(optional):
 
 
 def test_a_sample(run):
-    run([FOLDER / "libcuda_cases.py", TESTS / "test_gpu.py"], SHORT, 13)
+    run(["libcuda_cases.py", "test_gpu.py"], SHORT, 13)
 
 
 @pytest.mark.full
 def test_more_of_them(run):
-    run([FOLDER / "test_streams.py", TESTS / "test_gpu.py"], LONG, 38)
+    run(["test_streams.py", "test_gpu.py"], LONG, 38)

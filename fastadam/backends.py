@@ -1,0 +1,137 @@
+"""Where parameters may live, what each such place must offer, and the choice between them."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from .params.groups import Groups
+from .params.kinds import on_device
+from .runtime import alone, undisturbed
+from .state.param_state import ParamState
+from .update.result import StepResult
+from .update.scalars import Scalars
+
+
+class Stepper(Protocol):
+    """Takes the steps of one optimizer; made anew when a group is added."""
+
+    steps: npt.NDArray[np.int64]
+    """Steps that each parameter has had, in the order of the parameters."""
+
+    @property
+    def step_count(self) -> Any:
+        """Steps of the optimizer: an array of one, or what gives one number by ``[0]``."""
+
+    @property
+    def dtypes(self) -> list[np.dtype[Any]]:
+        """The parameters' dtypes, each once."""
+
+    def step(self, grads: tuple[Any, ...], zero_grad: bool) -> int:
+        """Take a step, with a gradient or None for each parameter; return its number."""
+
+    def limited_step(
+        self,
+        grads: tuple[Any, ...],
+        zero_grad: bool,
+        max_grad_norm: float | None,
+        nonfinite: str,
+    ) -> StepResult:
+        """Take a step for which the norm of the gradients is needed."""
+
+    def choose_kernels(self) -> None:
+        """Have other kernels looked for, in a forked child."""
+
+    def prepare_replay(self, max_grad_norm: float | None, nonfinite: str) -> None:
+        """Bring hyperparameters up to date for a captured step."""
+
+    def compilations(self, nonfinite: str | None) -> list[Callable[[], object]]:
+        """Return calls that each make ready a kernel of the steps to come.
+
+        ``nonfinite`` is None where no norm is asked for.
+        """
+
+
+class Backend(Protocol):
+    """The module of a place where arrays are: `cpu.backend`, or `cuda.backend`.
+
+    Arrays are NumPy's in the one, and `cuda.arrays.DeviceArray` in the other.
+    """
+
+    def take_param(self, array: Any, label: str) -> Any:
+        """Check a parameter; return what stands for it: dtype, shape, size, nbytes."""
+
+    def allocate(self, likes: Sequence[Any]) -> list[Any]:
+        """Return zeros in the shape, dtype and memory order of each."""
+
+    def assign(self, target: Any, source: Any) -> None:
+        """Write what another array holds, this backend's or a NumPy array."""
+
+    def to_host(self, array: Any) -> npt.NDArray[Any]:
+        """Return a copy as a NumPy array of the same memory order."""
+
+    def check_copyable(self) -> None:
+        """Refuse to copy or pickle an optimizer, where its arrays cannot be."""
+
+    def make_scalars(self, groups: Groups) -> Scalars:
+        """Return the table of the groups' hyperparameters."""
+
+    def make_stepper(
+        self,
+        states: Sequence[ParamState],
+        labels: Sequence[str],
+        steps: npt.NDArray[np.int64],
+        step_count: int,
+        scalars: Scalars,
+    ) -> Stepper:
+        """Return what takes the steps of these parameters.
+
+        ``labels`` is what their gradients are called in messages, ``steps`` how many steps
+        each has had.
+        """
+
+
+def of(params: Sequence[Any]) -> Backend:
+    """Return the backend of the place where parameters live: where the first does.
+
+    Raises
+    ------
+    ImportError
+        If it is a CUDA device, and what that needs is not installed.
+    """
+    return _imported(bool(params) and on_device(params[0]))
+
+
+@functools.cache
+def _imported(device: bool) -> Backend:
+    """Import a backend, and Numba with it, when it is first needed: that takes a while.
+
+    A fork waits for it, since a child could never end what a thread of its parent
+    has begun to import; and Ctrl-C, since Numba cannot be imported a second time.
+    """
+    with alone, undisturbed():
+        if device:
+            from .cuda import backend as cuda_backend
+
+            return cuda_backend
+        from .cpu import backend as cpu_backend
+
+        return cpu_backend
+
+
+def as_array(value: Any) -> Any:
+    """Return something with the shape and the NumPy dtype of an array, wherever it lives.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is no array that could be state.
+    """
+    return of([value]).take_param(value, "array") if on_device(value) else np.asarray(value)
+
+
+def as_host(value: Any) -> npt.NDArray[Any]:
+    """Return an array, wherever it lives, as NumPy's."""
+    return of([value]).to_host(value) if on_device(value) else np.asarray(value)

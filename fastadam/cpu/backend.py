@@ -1,0 +1,63 @@
+"""The backend of NumPy arrays: what `backends.Backend` asks for."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..params.arrays import address, check_param
+from ..params.groups import Groups
+from ..state.param_state import ParamState
+from ..state.storage import allocate
+from ..update.rows import Rows
+from ..update.scalars import Scalars
+from .gradients import Gradients
+from .stepper import Stepper
+
+__all__ = [
+    "allocate",
+    "assign",
+    "check_copyable",
+    "make_scalars",
+    "make_stepper",
+    "take_param",
+    "to_host",
+]
+
+
+def make_scalars(groups: Groups) -> Scalars:
+    """Return the table of the groups' hyperparameters."""
+    return Scalars(groups)
+
+
+def make_stepper(
+    states: Sequence[ParamState],
+    labels: Sequence[str],
+    steps: npt.NDArray[np.int64],
+    step_count: int,
+    scalars: Scalars,
+) -> Stepper:
+    """Return what takes the steps of these parameters."""
+    rows = Rows.of(states, address, steps)
+    return Stepper(rows, scalars, Gradients(states, labels, rows), step_count)
+
+
+def take_param(array: Any, label: str) -> npt.NDArray[Any]:
+    """Refuse what cannot be updated in place; see `check_param`."""
+    check_param(array, label)
+    return array  # type: ignore[no-any-return]
+
+
+def assign(target: npt.NDArray[Any], source: Any) -> None:
+    """Write what another array holds."""
+    target[...] = source
+
+
+def to_host(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return a copy of the same memory order."""
+    return array.copy("K")
+
+
+def check_copyable() -> None:
+    """Refuse nothing: NumPy's arrays can be copied and pickled."""

@@ -1,0 +1,1 @@
+"""The backend of arrays on a CUDA device."""

@@ -1,0 +1,77 @@
+"""The backend of arrays on a CUDA device: what `backends.Backend` asks for."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..params.groups import Groups
+from ..state.param_state import ParamState
+from ..update.rows import Rows
+from . import launch
+from .arrays import DeviceArray, allocate, place_of, view
+from .gradients import Gradients
+from .scalars import DeviceScalars
+from .stepper import Stepper
+
+__all__ = [
+    "allocate",
+    "assign",
+    "check_copyable",
+    "make_scalars",
+    "make_stepper",
+    "take_param",
+    "to_host",
+]
+
+
+def make_scalars(groups: Groups) -> DeviceScalars:
+    """Return the table of the groups' hyperparameters."""
+    return DeviceScalars(groups)
+
+
+def make_stepper(
+    states: Sequence[ParamState],
+    labels: Sequence[str],
+    steps: npt.NDArray[np.int64],
+    step_count: int,
+    scalars: Any,
+) -> Stepper:
+    """Return what takes the steps of these parameters."""
+    device = max(0, *(state.param.device for state in states))
+    rows = Rows.of(states, place_of, steps)
+    return Stepper(rows, scalars, Gradients(states, labels), step_count, device)
+
+
+def take_param(array: Any, label: str) -> DeviceArray:
+    """Refuse what cannot be updated in place; see `_cuda_arrays.view`."""
+    return view(array, label, writable=True)
+
+
+def assign(target: DeviceArray, source: Any) -> None:
+    """Write what another array holds, on the device or on the host."""
+    if isinstance(source, np.ndarray):
+        target.copy_from_host(source)
+    else:
+        places = target.address, source.address
+        launch.at_once(target.device, launch.copy, *places, target.nbytes)
+
+
+def to_host(array: Any) -> npt.NDArray[Any]:
+    """Return a copy of the same memory order."""
+    return view(array, "array", writable=False).copy_to_host()
+
+
+def check_copyable() -> None:
+    """Refuse to copy or pickle an optimizer.
+
+    Raises
+    ------
+    TypeError
+        Always.
+    """
+    raise TypeError(
+        "an optimizer over arrays on a CUDA device cannot be copied or pickled: make a new one,"
+        " and give it the state_dict() of this one, which is in the host's memory"
+    )

@@ -1,0 +1,1 @@
+"""What the user gave: arrays, containers, groups, hyperparameters."""

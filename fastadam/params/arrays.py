@@ -1,0 +1,191 @@
+"""Whose array is this, and is it usable: checks, one array at a time."""
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numpy.ma import MaskedArray  # of NumPy itself imported when it is asked for
+
+_TORCH = "; give fastadam.torch.CPUParams(model.named_parameters()).arrays"
+# What to do with a parameter of another library.
+_HINTS = {
+    "torch": _TORCH,
+    "jax": "; JAX arrays cannot be updated in place",
+    "jaxlib": "; JAX arrays cannot be updated in place",
+}
+
+# DLPack's name for the memory of the host.
+_HOST = 1
+
+DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+def check_param(array: Any, label: str) -> None:
+    """Refuse what cannot be updated in place.
+
+    Raises
+    ------
+    TypeError
+        If it is no NumPy array of float32 or float64 in native byte order.
+    ValueError
+        If it is read-only, unaligned, or neither C- nor Fortran-contiguous.
+    """
+    _check_kind(array, label)
+    if array.dtype not in DTYPES:
+        raise TypeError(
+            f"{label}.dtype must be float32 or float64 in native byte order, got {array.dtype!r}"
+        )
+    if not array.flags.writeable:
+        raise ValueError(f"{label} must be writable, got a read-only {_kind_of_memory(array)}")
+    _check_layout(array, label)
+
+
+def take_grad(
+    grad: Any, param: npt.NDArray[Any], label: str, writable: bool
+) -> npt.NDArray[np.floating]:
+    """Return a gradient as a plain array over its memory, or refuse it.
+
+    It may be an array of another library in the host's memory, which need only be
+    read, or a NumPy scalar, as arithmetic on 0-d arrays gives.
+
+    Raises
+    ------
+    TypeError
+        If it is no array, or not of the parameter's dtype.
+    ValueError
+        If its elements do not pair with the parameter's, one by one, in shape and memory
+        order; if it is read-only and must be ``writable``.
+    """
+    array = _as_array(grad, label)
+    check_alike(array, param, label, on_host=True)
+    _check_layout(array, label, param)
+    same_order = array.flags.c_contiguous if param.flags.c_contiguous else array.flags.f_contiguous
+    if not same_order:
+        order = "C" if param.flags.c_contiguous else "Fortran"
+        raise ValueError(
+            f"{label} must be laid out in {order} order, as its parameter is, got strides"
+            f" {array.strides} for shape {array.shape}{_copy_like(param)}"
+        )
+    if writable and (isinstance(grad, np.generic) or not array.flags.writeable):
+        kind = "a NumPy scalar" if isinstance(grad, np.generic) else "a read-only array"
+        raise ValueError(f"{label} must be writable for zero_grad=True, got {kind}")
+    return array
+
+
+class _Interface:
+    """What an object says of its memory, and no other way to make an array of it: those copy."""
+
+    def __init__(self, owner: Any) -> None:
+        self.owner, self.__array_interface__ = owner, owner.__array_interface__
+
+
+def _as_array(grad: Any, label: str) -> npt.NDArray[Any]:
+    """Return a gradient's memory as a plain array, without a copy."""
+    kind, name = type(grad), kind_of(grad)
+    if isinstance(grad, np.ndarray) and not isinstance(grad, MaskedArray):
+        plain: npt.NDArray[Any] = grad.view(np.ndarray)  # whatever a subclass says of itself
+        return plain
+    if isinstance(grad, np.generic):
+        return np.asarray(grad)
+    try:
+        if not isinstance(grad, MaskedArray):
+            if hasattr(kind, "__array_interface__"):
+                return np.asarray(_Interface(grad))
+            if hasattr(kind, "__dlpack__") and grad.__dlpack_device__()[0] == _HOST:
+                return np.from_dlpack(grad)
+    except Exception as error:  # whatever another library raises
+        raise TypeError(
+            f"{label} must be readable as a NumPy array without a copy, got {name}: {error}"
+        ) from error
+    raise TypeError(
+        f"{label} must be a numpy.ndarray, or another library's array on the CPU, got {name}"
+    )
+
+
+def check_alike(grad: Any, param: Any, label: str, on_host: bool = False) -> None:
+    """Refuse a gradient that is not of its parameter's dtype and shape, wherever they live."""
+    if grad.dtype != param.dtype:
+        cast = f"; numpy.asarray(grad, numpy.{param.dtype.name}) makes such a copy"
+        raise TypeError(
+            f"{label}.dtype must be its parameter's, {param.dtype!r}, got {grad.dtype!r}"
+            + (cast if on_host else "")
+        )
+    if grad.shape != param.shape:
+        raise ValueError(f"{label}.shape must be its parameter's, {param.shape}, got {grad.shape}")
+
+
+def _check_kind(array: Any, label: str) -> None:
+    if not isinstance(array, np.ndarray) or isinstance(array, MaskedArray):
+        raise TypeError(f"{label} must be a numpy.ndarray, got {kind_of(array)}{hint(array)}")
+
+
+def kind_of(thing: Any) -> str:
+    """Return what a thing is, in a message."""
+    kind = type(thing)
+    module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+    return f"{module}{kind.__qualname__}"
+
+
+def hint(thing: Any) -> str:
+    """Return the end of a message: what to give in the place of what is no parameter."""
+    if isinstance(thing, tuple) and len(thing) == 2 and isinstance(thing[0], str):
+        return hint(thing[1]) or "; give pairs of name and array as a dict"
+    if hasattr(type(thing), "named_parameters"):
+        return _TORCH
+    kind = kind_of(thing)
+    if kind.startswith("fastadam.torch.") and kind.endswith(".CPUParams"):
+        return "; give its .arrays"
+    return _HINTS.get(kind.partition(".")[0], "")
+
+
+def _check_layout(
+    array: npt.NDArray[Any], label: str, like: npt.NDArray[Any] | None = None
+) -> None:
+    if not (array.flags.c_contiguous or array.flags.f_contiguous):
+        raise ValueError(
+            f"{label} must be contiguous, in C or Fortran order, got strides"
+            f" {array.strides} for shape {array.shape}{'' if like is None else _copy_like(like)}"
+        )
+    if not array.flags.aligned:
+        raise ValueError(
+            f"{label} must be aligned to its {array.itemsize}-byte elements, got an array at"
+            f" an address that is not a multiple of it"
+        )
+
+
+def _copy_like(param: npt.NDArray[Any]) -> str:
+    """Return the end of a message: what makes a gradient lie as its parameter does."""
+    make = "ascontiguousarray" if param.flags.c_contiguous else "asfortranarray"
+    return f"; numpy.{make}(grad) makes such a copy"
+
+
+def _kind_of_memory(array: npt.NDArray[Any]) -> str:
+    """Return what a read-only array is, with what to do where that is known."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        if isinstance(base, np.memmap):
+            return (
+                "memory map, as joblib gives its workers large arrays:"
+                " joblib.Parallel(max_nbytes=None) or (mmap_mode='c') gives each worker a copy"
+            )
+        base = base.base
+    return "array"
+
+
+def address(array: npt.NDArray[Any] | None) -> int:
+    """Return where the array's first element lies, 0 for None."""
+    return 0 if array is None else array.ctypes.data
+
+
+# PyArray_Descr: PyObject_HEAD, type object; then kind, type, byte order (char each), one byte
+# that floats have no use for, type number (int). The same in every NumPy.
+DTYPE_MARK_OFFSET = object.__basicsize__ + 8
+
+
+def dtype_mark(dtype: np.dtype[Any]) -> int:
+    """Return the eight bytes by which NumPy tells one plain dtype from another.
+
+    Two objects may stand for one dtype: unpickling makes another.
+    """
+    return ctypes.c_int64.from_address(id(dtype) + DTYPE_MARK_OFFSET).value

@@ -1,0 +1,1 @@
+"""The arrays that the optimizer keeps of each parameter."""

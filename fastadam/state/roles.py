@@ -1,0 +1,52 @@
+"""The one table of the arrays that an optimizer keeps of each parameter.
+
+Allocation, the kernels' rows and options, ``state_dict``, checkpoints and ``fastadam info``
+read it. To add an array: a row here, a column in `update.layout`, and its arithmetic in
+`update.formula` and in the load and store of each backend.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Role:
+    """One array that is kept of each parameter.
+
+    Attributes
+    ----------
+    name : str
+        Its name in ``state_dict`` and in checkpoints.
+    option : str or None
+        The optimizer's option that asks for it; None if it is always kept.
+    starts_as : {"zeros", "param"}
+        What it holds before the first step.
+    stored_as : {"param"}
+        Its element type: the parameter's.
+    """
+
+    name: str
+    option: str | None
+    starts_as: Literal["zeros", "param"]
+    stored_as: Literal["param"] = "param"
+
+
+ROLES = (
+    Role("exp_avg", None, "zeros"),
+    Role("exp_avg_sq", None, "zeros"),
+    Role("max_exp_avg_sq", "amsgrad", "zeros"),
+    Role("ema", "ema_decay", "param"),
+)
+NAMES = tuple(role.name for role in ROLES)
+# What a checkpoint may hold of a parameter: itself, and its state.
+PARAM = "param"
+KINDS = (PARAM, *NAMES)
+# Of those, the ones that not every optimizer has.
+OPTIONAL = tuple(role.name for role in ROLES if role.option is not None)
+
+
+def kept(options: Iterable[str]) -> tuple[Role, ...]:
+    """Return the roles of an optimizer that was made with these options on."""
+    chosen = set(options)
+    return tuple(role for role in ROLES if role.option is None or role.option in chosen)

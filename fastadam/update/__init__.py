@@ -1,0 +1,1 @@
+"""What every backend shares: the formula, the tables, the result of a step."""

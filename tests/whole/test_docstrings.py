@@ -1,0 +1,70 @@
+"""Every public name has a docstring that says what there is to say, and its examples are right."""
+
+import doctest
+import importlib
+import inspect
+
+import pytest
+
+import fastadam
+from fastadam import schedules
+
+MODULES = ["adam", "checkpoint.loading", "checkpoint.saving", "compiling", "objects", "schedules"]
+MODULES += ["schedules.exact", "update.formula"]
+PUBLIC = [
+    *(
+        getattr(fastadam, name)
+        for name in fastadam.__all__
+        if name
+        not in ("CheckpointError", "__version__", "checkpoint", "objects", "schedules", "torch")
+    ),
+    *(getattr(schedules, name) for name in schedules.__all__ if name != "Schedule"),
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name, optional):
+    if name.startswith("checkpoint."):
+        optional("safetensors")
+    module = importlib.import_module(f"fastadam.{name}")
+    failed, _ = doctest.testmod(module)
+    assert failed == 0
+
+
+@pytest.mark.parametrize("public", PUBLIC, ids=lambda p: p.__name__)
+def test_sections(public):
+    """A summary, its parameters or attributes, what it raises, an example that runs."""
+    doc = inspect.getdoc(public)
+    assert doc
+    assert len(doc.splitlines()[0]) <= 75
+    signature = inspect.signature(public)
+    for name in signature.parameters:
+        assert name.lstrip("*") in doc, f"{name} is not described"
+    assert "Raises\n------\n" in doc or public is fastadam.StepResult
+    assert "Examples\n--------\n" in doc
+    assert ">>> " in doc
+
+
+@pytest.mark.parametrize("owner", [fastadam.Adam, type(fastadam.from_objects([]))])
+def test_public_methods(owner):
+    for name, member in vars(owner).items():
+        if not name.startswith("_"):
+            assert inspect.getdoc(member), f"{owner.__name__}.{name} has no docstring"
+
+
+@pytest.mark.parametrize("name", ["", ".schedules", ".checkpoint", ".objects", ".torch"])
+def test_dir_shows_the_public_names(name, optional):
+    if name == ".checkpoint":
+        optional("safetensors")
+    module = importlib.import_module(f"fastadam{name}")
+    assert dir(module) == sorted(module.__all__)
+    for public in dir(module):
+        assert getattr(module, public) is not None
+        assert public == "__version__" or not public.startswith("_")
+
+
+def test_all_is_what_there_is():
+    for name in fastadam.__all__:
+        assert hasattr(fastadam, name)
+    with pytest.raises(AttributeError, match="module 'fastadam' has no attribute 'adamm'"):
+        fastadam.adamm  # noqa: B018
