@@ -30,16 +30,9 @@ def run(optional):
         folders = [FOLDER, TESTS / "support", TESTS.parent, os.environ.get("PYTHONPATH", "")]
         own = {"PYTHONPATH": os.pathsep.join(map(str, folders)), "NUMBA_ENABLE_CUDASIM": "0"}
         options = ["-q", "-rf", "--tb=short", "-p", "no:cacheprovider", "-p", "libcuda_driver"]
+        files = [FOLDER / name for name in names]
         done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "pytest",
-                *options,
-                "-k",
-                chosen,
-                *(FOLDER / name for name in names),
-            ],
+            [sys.executable, "-m", "pytest", *options, "-k", chosen, *files],
             env={**os.environ, **own},
             cwd=TESTS.parent,
             capture_output=True,
