@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ..params.arrays import address, check_param
-from ..params.groups import Groups
 from ..runtime import emptying
 from ..state.param_state import ParamState
 from ..state.storage import allocate
@@ -21,17 +20,11 @@ __all__ = [
     "allocate",
     "assign",
     "check_copyable",
-    "make_scalars",
     "make_stepper",
     "take_param",
     "to_host",
     "writing",
 ]
-
-
-def make_scalars(groups: Groups) -> Scalars:
-    """Return the table of the groups' hyperparameters."""
-    return Scalars(groups)
 
 
 def make_stepper(

@@ -65,7 +65,7 @@ def mul(typing_context: Any, a: Any, b: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def only_if(typing_context: Any, flag: Any, value: Any) -> Any:
-    """Return ``value``, or None where ``flag`` is None, as in `_jit`."""
+    """Return ``value``, or None where ``flag`` is None, as in `cpu.intrinsics`."""
     if isinstance(flag, types.NoneType):
         return types.none(flag, value), _no_value
 
@@ -99,7 +99,9 @@ def load(typing_context: Any, address: Any, index: Any, like: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def store(typing_context: Any, address: Any, index: Any, value: Any) -> Any:
-    """Write element ``index``."""
+    """Write element ``index``; nothing at an address of None."""
+    if isinstance(address, types.NoneType):
+        return types.none(address, index, value), _no_value
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.store(args[2], _pointer(context, builder, args[0], args[1], value))
@@ -134,6 +136,8 @@ def load4(typing_context: Any, address: Any, index: Any, like: Any) -> Any:
 @intrinsic  # type: ignore[untyped-decorator]
 def store4(typing_context: Any, address: Any, index: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
     """Write 4 elements from ``index`` on, in the same manner."""
+    if isinstance(address, types.NoneType):
+        return types.none(address, index, a, b, c, d), _no_value
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         first = _pointer(context, builder, args[0], args[1], a)

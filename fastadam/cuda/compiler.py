@@ -1,0 +1,87 @@
+"""Compiling and starting CUDA kernels.
+
+All that fastadam asks of numba-cuda is in this file and in `driver` and `intrinsics`. In
+Numba's CUDA simulator, `simulator` is both of those.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from numba import config
+
+from ..runtime import undisturbed
+from ..update.formula import bind
+
+EXTRAS = "pip install 'fastadam[cuda13]', or 'fastadam[cuda12]' for a driver of CUDA 12"
+if importlib.util.find_spec("numba_cuda") is None:
+    raise ImportError(f"arrays on a CUDA device need numba-cuda: {EXTRAS}", name="numba_cuda")
+
+# After the check, since without numba-cuda Numba has an old `cuda` of its own.
+from numba import cuda  # noqa: E402
+
+SIMULATED = bool(config.ENABLE_CUDASIM)
+if TYPE_CHECKING or not SIMULATED:
+    from . import driver, intrinsics
+else:
+    from . import simulator as driver
+
+    intrinsics = driver
+
+__all__ = [
+    "EXTRAS", "MAX_THREADS", "SIMULATED", "Kernel", "cuda", "driver", "inline", "intrinsics",
+]  # fmt: skip
+# The simulator's threads are Python's.
+MAX_THREADS = 8 if SIMULATED else 1024
+
+
+class Kernel:
+    """An entry point whose arguments are all int64, compiled when it is first needed.
+
+    Parameters
+    ----------
+    function : callable
+        What a thread does.
+    arguments : int
+        How many it takes.
+    bounds : int or tuple
+        Threads in a block at most, and blocks on a multiprocessor at least:
+        what the compiler may spend registers for.
+    constants
+        Take the place of the function's globals of those names.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], arguments: int, bounds: Any, **constants: Any
+    ) -> None:
+        self.function = bind(function, **constants)
+        self.arguments, self.bounds = arguments, bounds
+
+    @property
+    def signature(self) -> Any:
+        """What numba-cuda is told of the arguments."""
+        return cuda.types.void(*[cuda.types.int64] * self.arguments)
+
+    @functools.cached_property
+    def compiled(self) -> Any:
+        """What the compiler has made of it, for the device in use."""
+        return driver.compile_kernel(self.function, self.signature, self.bounds)
+
+    def load(self) -> None:
+        """Compile it, and load it on the current device, now."""
+        with driver.allowed_in_capture(), undisturbed():
+            driver.load_kernel(self.compiled)
+
+    def call(
+        self, device: int, blocks: int, threads: int, stream: int, *arguments: int
+    ) -> Callable[[], object]:
+        """Return a call that starts it on the current device."""
+        launcher = driver.launcher(self.compiled, device, blocks, threads, stream)
+        call: Callable[[], object] = launcher(*arguments)
+        return call
+
+
+def inline(function: Callable[..., Any]) -> Any:
+    """Compile a function for use inside a kernel."""
+    return driver.compile_inline(function)
