@@ -1,12 +1,14 @@
 """Arrays on a CUDA device: whose it is, where it lies, is it usable; and our own."""
 
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.stride_tricks import as_strided
 
 from ..params.arrays import DTYPES
 from ..params.kinds import on_device
@@ -43,19 +45,18 @@ class DeviceArray:
     ) -> None:
         self.owner, self.address, self.shape, self.dtype = owner, address, shape, dtype
         self.order, self.device = order, device
-        self.size = int(np.prod(shape, dtype=np.int64))
+        self.size = math.prod(shape)
         self.nbytes = self.size * dtype.itemsize
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        strides = None if self.order == "C" else _strides(self.shape, self.dtype.itemsize, "F")
+        shape, strides = self.shape, None
+        if self.order == "F":
+            strides = tuple(math.prod(shape[:k]) * self.dtype.itemsize for k in range(len(shape)))
+        data, typestr = (self.address, False), self.dtype.str
         return {
-            "shape": self.shape,
-            "typestr": self.dtype.str,
-            "data": (self.address, False),
-            "strides": strides,
-            "version": 3,
-        }
+            "shape": shape, "typestr": typestr, "data": data, "strides": strides, "version": 3,
+        }  # fmt: skip
 
     def copy_to_host(self) -> npt.NDArray[Any]:
         """Return a copy in a NumPy array, once all work on the device is done."""
@@ -96,42 +97,24 @@ def address(array: DeviceArray) -> int:
     return array.address
 
 
-def _strides(shape: Sequence[int], itemsize: int, order: str) -> tuple[int, ...]:
-    strides, step = [], itemsize
-    for length in shape if order == "F" else reversed(shape):
-        strides.append(step)
-        step *= length
-    return tuple(strides if order == "F" else reversed(strides))
-
-
-def _order(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> str | None:
-    """Return in which order elements lie without gaps, if in either."""
-    for order in "CF":
-        packed = _strides(shape, itemsize, order)
-        if 0 in shape or all(
-            length == 1 or a == b for length, a, b in zip(shape, strides, packed, strict=True)
-        ):
-            return order
-    return None
-
-
 def _check(
-    kind: str, dtype: Any, shape: Sequence[int], strides: Any, place: int, label: str
+    kind: str, dtype: Any, shape: tuple[int, ...], strides: Any, place: int, label: str
 ) -> str:
     """Refuse what cannot be used where it lies; return its order."""
     if not place and 0 not in shape:
         raise ValueError(f"{label} must have memory of its own, got {kind} without any")
     if dtype not in DTYPES:
         raise TypeError(f"{label}.dtype must be float32 or float64, got {dtype}")
-    order = "C" if strides is None else _order(shape, strides, dtype.itemsize)
-    if order is None:
+    # An array of NumPy's that has these strides, and is not read.
+    flags = as_strided(np.empty(1, dtype), shape, strides).flags
+    if strides is not None and not flags.forc:
         raise ValueError(
             f"{label} must be contiguous, in C or Fortran order, got strides {tuple(strides)} of"
-            f" bytes for shape {tuple(shape)} of {kind}"
+            f" bytes for shape {shape} of {kind}"
         )
     if place % dtype.itemsize:
         raise ValueError(f"{label} must be aligned to its {dtype.itemsize}-byte elements")
-    return order
+    return "C" if strides is None or flags.c_contiguous else "F"
 
 
 def _library(array: Any) -> str:
@@ -185,9 +168,8 @@ def view(array: Any, label: str, *, writable: bool) -> DeviceArray:
         place, read_only, shape, dtype = memory.ptr, memory.readonly, memory.shape, memory.dtype
         strides = memory.strides and [step * dtype.itemsize for step in memory.strides]
     else:  # of Numba's simulator
-        place, shape, strides, dtype = (
-            array.ctypes.data, array.shape, array.strides, array.dtype,
-        )  # fmt: skip
+        place, shape = array.ctypes.data, array.shape
+        strides, dtype = array.strides, array.dtype
     place, shape = int(place or 0), tuple(shape)
     order = _check(kind, dtype, shape, strides, place, label)
     if read_only and writable:

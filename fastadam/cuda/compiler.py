@@ -19,11 +19,12 @@ if importlib.util.find_spec("numba_cuda") is None:
     raise ImportError(f"arrays on a CUDA device need numba-cuda: {EXTRAS}", name="numba_cuda")
 
 # After the check, since without numba-cuda Numba has an old `cuda` of its own.
-from numba import cuda  # noqa: E402
+from numba import cuda as cuda  # noqa: E402
 
 SIMULATED = bool(config.ENABLE_CUDASIM)
 if TYPE_CHECKING or not SIMULATED:
-    from . import driver, intrinsics
+    from . import driver as driver
+    from . import intrinsics as intrinsics
 else:
     from . import simulator as driver
 
@@ -34,6 +35,8 @@ __all__ = [
 ]  # fmt: skip
 # The simulator's threads are Python's.
 MAX_THREADS = 8 if SIMULATED else 1024
+
+inline = driver.compile_inline
 
 
 class Kernel:
@@ -68,9 +71,9 @@ class Kernel:
         """What the compiler has made of it, for the device in use."""
         return driver.compile_kernel(self.function, self.signature, self.bounds)
 
-    def load(self) -> None:
-        """Compile it, and load it on the current device, now."""
-        with driver.allowed_in_capture(), undisturbed():
+    def load(self, device: int) -> None:
+        """Compile it, and load it on a device, now."""
+        with driver.context(device), driver.allowed_in_capture(), undisturbed():
             driver.load_kernel(self.compiled)
 
     def call(
@@ -80,8 +83,3 @@ class Kernel:
         launcher = driver.launcher(self.compiled, device, blocks, threads, stream)
         call: Callable[[], object] = launcher(*arguments)
         return call
-
-
-def inline(function: Callable[..., Any]) -> Any:
-    """Compile a function for use inside a kernel."""
-    return driver.compile_inline(function)

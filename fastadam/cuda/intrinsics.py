@@ -9,11 +9,11 @@ import math
 from typing import Any
 
 from llvmlite import ir
-from numba.cuda import types
-from numba.cuda.cgutils import get_or_insert_function
+from numba.cuda import libdevice, types
 from numba.cuda.extending import intrinsic
 
 root = math  # whose sqrt is rounded correctly, unless fastmath is asked for
+mul = libdevice.dmul_rn  # in float64: the compiler may fuse other products with additions
 
 # NVPTX's address space of device memory, and the widest access, in bytes.
 _GLOBAL, _WIDEST = 1, 16
@@ -48,19 +48,6 @@ def fma(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
         return builder.fma(*args)
 
     return a(a, a, a), codegen
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def mul(typing_context: Any, a: Any, b: Any) -> Any:
-    """``a*b`` in float64, rounded: the compiler may fuse other products with additions."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        double = ir.DoubleType()
-        kind = ir.FunctionType(double, [double, double])
-        product = get_or_insert_function(builder.module, kind, "llvm.nvvm.mul.rn.d")
-        return builder.call(product, args)
-
-    return types.float64(types.float64, types.float64), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]

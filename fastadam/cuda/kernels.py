@@ -59,6 +59,13 @@ def larger(a: Any, b: Any) -> Any:
     return b if b > a or b != b else a
 
 
+@inline
+def include(g: Any, scale: Any, total: Any, largest: Any) -> Any:
+    """Add the square of a gradient to the sum; compare it with the largest."""
+    wide = convert(g, DOUBLE) * scale
+    return fma(wide, wide, total), larger(largest, abs(g))
+
+
 def sum_squares(context: Any, again: Any) -> None:
     """Sum the squares of the gradients of one dtype, and find the largest: a warp to a chunk.
 
@@ -87,16 +94,10 @@ def sum_squares(context: Any, again: Any) -> None:
             i = INT64 + lane
             while i < whole:
                 for _ in range(AHEAD):
-                    g = load(grad, i, zero)
-                    wide = convert(g, DOUBLE) * scale
-                    total = fma(wide, wide, total)
-                    largest = larger(largest, abs(g))
+                    total, largest = include(load(grad, i, zero), scale, total, largest)
                     i += WARP
             while i < size:
-                g = load(grad, i, zero)
-                wide = convert(g, DOUBLE) * scale
-                total = fma(wide, wide, total)
-                largest = larger(largest, abs(g))
+                total, largest = include(load(grad, i, zero), scale, total, largest)
                 i += WARP
     sums[thread], maxima[thread] = total, convert(largest, DOUBLE)
     half = WARP // 2

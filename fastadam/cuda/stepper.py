@@ -291,10 +291,11 @@ class Stepper:
             for dtype in self.dtypes
         ]
 
-    def _other_kernels(self, nonfinite: str | None) -> list[Kernel]:
-        """Return all beside the update; ``nonfinite`` is None where no norm is asked for."""
-        needed = [kernels.prepare_kernel(limited=nonfinite is not None)]
-        if nonfinite is not None:
+    def _kernels(self, zero_grad: bool, nonfinite: str | None) -> list[Kernel]:
+        """Return all that a step needs; ``nonfinite`` is None where no norm is asked for."""
+        limited = nonfinite is not None
+        needed = [*self._update_kernels(zero_grad), kernels.prepare_kernel(limited=limited)]
+        if limited:
             needed += [kernels.sum_kernel(dtype) for dtype in self.dtypes]
             if self._doubles:
                 needed.append(kernels.prepare_kernel(limited=True, only_scale=True))
@@ -305,8 +306,8 @@ class Stepper:
     def _load_kernels(self, zero_grad: bool, nonfinite: str | None) -> None:
         """Compile what a step needs: what can fail must do so before anything is started."""
         if (zero_grad, nonfinite) not in self._loaded:
-            for kernel in self._update_kernels(zero_grad) + self._other_kernels(nonfinite):
-                kernel.load()
+            for kernel in self._kernels(zero_grad, nonfinite):
+                kernel.load(self.device)
             self._loaded.add((zero_grad, nonfinite))
 
     def compilations(self, nonfinite: str | None) -> list[Callable[[], object]]:
@@ -314,10 +315,5 @@ class Stepper:
 
         ``nonfinite`` is None where no norm is asked for.
         """
-        updates = self._update_kernels(False) + self._update_kernels(True)
-        needed = updates + self._other_kernels(nonfinite)
-        return [functools.partial(self._load_kernel, kernel) for kernel in needed]
-
-    def _load_kernel(self, kernel: Kernel) -> None:
-        with driver.context(self.device):
-            kernel.load()
+        needed = self._kernels(False, nonfinite) + self._kernels(True, nonfinite)
+        return [functools.partial(kernel.load, self.device) for kernel in dict.fromkeys(needed)]

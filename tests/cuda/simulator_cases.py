@@ -963,7 +963,7 @@ def test_what_cannot_be_compiled_changes_nothing(rng, monkeypatch):
     twins = Twins(np.ones(5, "f4"), max_grad_norm=1.0)
     twins.step(draws(rng, [5])[0])
 
-    def refuse(kernel):
+    def refuse(kernel, _):
         if kernel.function.__name__ == "update":
             raise RuntimeError("no compiler")
 

@@ -1,5 +1,6 @@
 """What the CUDA backend asks of the driver and of numba-cuda, with a driver that is a stub."""
 
+import contextlib
 import ctypes
 import functools
 import gc
@@ -263,8 +264,9 @@ def test_each_device_has_its_kernels_loaded_before_a_step(pretend):
         with (
             mock.patch("numba.cuda.dispatcher.get_current_device", **device),
             mock.patch("numba.cuda.codegen.devices.get_context", **current),
+            mock.patch("fastadam.cuda.driver.context", contextlib.nullcontext),
         ):
-            kernel.load()
+            kernel.load(k)
         assert [each.create_module_image.call_count for each in contexts] == expected
     codes = [each.create_module_image.call_args[0][0].code for each in contexts]
     assert codes[0] != codes[1]
