@@ -40,14 +40,12 @@ inline = driver.compile_inline
 
 
 class Kernel:
-    """An entry point whose arguments are all int64, compiled when it is first needed.
+    """An entry point of two int64, compiled when it is first needed.
 
     Parameters
     ----------
     function : callable
         What a thread does.
-    arguments : int
-        How many it takes.
     bounds : int or tuple
         Threads in a block at most, and blocks on a multiprocessor at least:
         what the compiler may spend registers for.
@@ -55,16 +53,10 @@ class Kernel:
         Take the place of the function's globals of those names.
     """
 
-    def __init__(
-        self, function: Callable[..., Any], arguments: int, bounds: Any, **constants: Any
-    ) -> None:
-        self.function = bind(function, **constants)
-        self.arguments, self.bounds = arguments, bounds
+    signature = cuda.types.void(cuda.types.int64, cuda.types.int64)
 
-    @property
-    def signature(self) -> Any:
-        """What numba-cuda is told of the arguments."""
-        return cuda.types.void(*[cuda.types.int64] * self.arguments)
+    def __init__(self, function: Callable[..., Any], bounds: Any, **constants: Any) -> None:
+        self.function, self.bounds = bind(function, **constants), bounds
 
     @functools.cached_property
     def compiled(self) -> Any:

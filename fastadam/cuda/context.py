@@ -73,7 +73,8 @@ class Context:
         image = np.zeros(size, np.uint8)
         for start, table in zip(starts, tables.values(), strict=True):
             image[start : start + table.nbytes] = table.reshape(-1).view(np.uint8)
-        driver.copy_now(device, base, address(image), size)
+        driver.copy(base, address(image), size, 0)
+        driver.synchronize(0)
         self._uploads = Ring(max(hyper_words, self._count))
         # What has been sent to each table last.
         self._sent: dict[str, bytes] = {}

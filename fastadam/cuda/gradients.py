@@ -2,8 +2,8 @@
 
 import sys
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,6 +33,20 @@ def lie_at(tensors: list[Any], places: list[int]) -> bool:
     if at_once is not None:  # only builds for CUDA have it
         return bool(at_once(tensors, places, list(range(len(places)))))
     return [tensor.data_ptr() for tensor in tensors] == places
+
+
+class _Known(NamedTuple):
+    """What is known of a gradient that fits, and of the next one if it is alike.
+
+    Its layout, or a weak reference to what has none that could be told quickly, and is known
+    as long as it is the same object; if it is known to be writable; `stream_key` and
+    `stream_source` of it.
+    """
+
+    mark: Any
+    writable: bool
+    key: Any
+    source: Callable[[], int | None]
 
 
 class Gradients:
@@ -73,9 +87,7 @@ class Gradients:
         self._visiting_params = {stream_key(param): stream_source(param) for param in params}
         del self._visiting_params[self._own_key]
         self.visitors = list(self._visiting_params.values())
-        # Of each gradient: what tells that the next one fits as well, and its library's stream.
-        self._known: list[Any] = [None] * len(params)
-        self._writable = False
+        self._known: list[_Known | None] = [None] * len(params)
 
     def take(self, grads: tuple[Any, ...], writable: bool) -> None:
         """Check the gradients, and note where they are.
@@ -91,31 +103,31 @@ class Gradients:
         """
         self._check_params()
         places = np.zeros_like(self.places)
-        known: list[Any] = [None] * len(grads)
-        last = self._known if self._writable or not writable else known
+        known: list[_Known | None] = [None] * len(grads)
         visitors = dict(self._visiting_params)
         for k, grad in enumerate(grads):
             if grad is None:
                 continue
             place, layout = place_and_layout(grad)
             if layout is None:
-                place, fits = self.places[k], last[k] is not None and _is_same(last[k][0], grad)
-            else:
-                fits = last[k] is not None and last[k][0] == layout
-                fits &= self._has_memory(k, place)
-            known[k] = last[k]
-            if not fits:
+                place = int(self.places[k])
+            last = self._known[k]
+            if not (
+                last is not None
+                and (last.writable or not writable)
+                and (_is_same(last.mark, grad) if layout is None else last.mark == layout)
+                and self._has_memory(k, place)
+            ):
                 found = self._view(k, grad, writable)
-                place = found.address
-                mark = _reference(grad) if layout is None else layout
-                known[k] = mark, stream_key(found), stream_source(found)
+                place, mark = found.address, layout or _reference(grad)
+                last = _Known(mark, writable, stream_key(found), stream_source(found))
+            known[k] = last
             places[k] = place or 1  # an empty array may lie at 0, which stands for None
-            _, key, source = known[k]
-            if key not in (self._own_key, OWN):
-                visitors.setdefault(key, source)
+            if last.key not in (self._own_key, OWN):
+                visitors.setdefault(last.key, last.source)
         if not np.array_equal(places, self.places):
             self._memory.check_apart(self._labels, places, np.where(places != 0, self._nbytes, 0))
-        self.places, self._known, self._writable = places, known, writable
+        self.places, self._known = places, known
         self.visitors = list(visitors.values())
 
     def _check_params(self) -> None:

@@ -283,7 +283,6 @@ def update_kernel(dtype: np.dtype[Any], *, roles: frozenset[str], zero_grad: boo
     amsgrad, average = "max_exp_avg_sq" in roles, "ema" in roles
     return Kernel(
         update,
-        2,
         # So many blocks on a multiprocessor leave a thread 64 registers, 128 or 255.
         (update_threads(dtype), 2 if amsgrad or average or dtype.itemsize > 4 else 4),
         FLOAT=dtype.type,
@@ -297,7 +296,7 @@ def update_kernel(dtype: np.dtype[Any], *, roles: frozenset[str], zero_grad: boo
 @functools.cache
 def sum_kernel(dtype: np.dtype[Any]) -> Kernel:
     """Return the kernel that sums the squares of such gradients."""
-    return Kernel(sum_squares, 2, (SUM_THREADS, 4), FLOAT=dtype.type)
+    return Kernel(sum_squares, (SUM_THREADS, 4), FLOAT=dtype.type)
 
 
 @functools.cache
@@ -307,7 +306,6 @@ def prepare_kernel(
     """Return the kernel that decides, or one that does only a part; see `prepare_step`."""
     return Kernel(
         prepare_step,
-        2,
         (PREPARE_THREADS, 1),
         LIMITED=limited or None,
         ONLY_SCALE=only_scale or None,

@@ -363,7 +363,7 @@ def run_reduce(parts, find_largest):
 
     result = np.zeros(1)
     arguments = [parts.ctypes.data, len(parts), result.ctypes.data, find_largest]
-    compiler.Kernel(kernel, 4, 8).call(0, 1, 3, 0, *arguments)()
+    compiler.Kernel(kernel, 8).call(0, 1, 3, 0, *arguments)()
     return result[0]
 
 
@@ -886,6 +886,19 @@ def test_read_only_gradients_are_good_to_read():
     with pytest.raises(ValueError, match=r"grads\[0\] must be writable"):
         twins.cuda.step([same], zero_grad=True)
     assert grad.all()
+
+
+def test_gradients_are_looked_at_once(monkeypatch):
+    """In steps that only read them too, after one that wrote to them."""
+    twins = Twins([np.ones(3), np.ones(4, "f4")])
+    grads = [InterfaceArray(np.ones(3)), InterfaceArray(np.ones(4, "f4"))]
+    twins.cuda.step(grads, zero_grad=True)
+    monkeypatch.setattr("fastadam.cuda.gradients.view", None)
+    for zero_grad in (False, True, False):
+        twins.cuda.step(grads, zero_grad=zero_grad)
+    with pytest.raises(TypeError):
+        twins.cuda.step([grads[0], InterfaceArray(np.ones(4, "f4"))])
+    assert twins.cuda.step_count == 4
 
 
 def test_gradient_order():

@@ -370,7 +370,7 @@ HALF = np.float16(0)
 @CAPABILITIES
 def test_primitives_take_float16(cc):
     """4 elements in one access of 8 bytes."""
-    kernel = compiler.Kernel(copy4, 2, 32, HALF=np.float16(0))
+    kernel = compiler.Kernel(copy4, 32, HALF=np.float16(0))
     sass, _ = machine_code(kernel, cc)
     assert opcodes(r"LDG\.E\.64(?:\.\w+)*", sass) == opcodes(r"LDG[\w.]*", sass) == 1
     assert opcodes(r"STG\.E\.64(?:\.\w+)*", sass) == opcodes(r"STG[\w.]*", sass) == 1

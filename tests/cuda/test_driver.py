@@ -258,7 +258,7 @@ def test_each_device_has_its_kernels_loaded_before_a_step(pretend):
     """Not in the middle of a step: another kind of GPU needs a machine code of its own."""
     pretend(cuThreadExchangeStreamCaptureMode=(OK, 0))
     contexts = [mock.Mock(device=mock.Mock(id=k, compute_capability=(8 + k, 0))) for k in (0, 1)]
-    kernel = compiler.Kernel(kernels.sum_squares, 2, (kernels.SUM_THREADS, 4), FLOAT=np.float32)
+    kernel = compiler.Kernel(kernels.sum_squares, (kernels.SUM_THREADS, 4), FLOAT=np.float32)
     for k, expected in ((0, [1, 0]), (1, [1, 1]), (0, [1, 1])):
         device, current = ({"return_value": each} for each in (contexts[k].device, contexts[k]))
         with (
