@@ -185,7 +185,7 @@ def current_stream(array: DeviceArray) -> int:
 
 
 def stream_source(array: DeviceArray) -> Callable[[], int | None]:
-    """Return what tells that stream, at any time, without keeping the array.
+    """Return what returns that stream, at any time, without keeping the array.
 
     None is of arrays that name no stream: they are worked on in the default stream,
     or their owner has waited.

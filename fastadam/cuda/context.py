@@ -109,7 +109,7 @@ class Context:
         image = words.tobytes()
         if image != self._sent.get(name):
             self._sent[name] = b""  # until it is on its way
-            slot, event = self._uploads.take()
+            slot, event = self._uploads.next_slot()
             event.wait()
             slot[: words.size] = words.view(np.float64)
             driver.copy(self._places[name], address(slot), words.nbytes, stream)

@@ -38,9 +38,9 @@ def lie_at(tensors: list[Any], places: list[int]) -> bool:
 class _Known(NamedTuple):
     """What is known of a gradient that fits, and of the next one if it is alike.
 
-    Its layout, or a weak reference to what has none that could be told quickly, and is known
-    as long as it is the same object; if it is known to be writable; `stream_key` and
-    `stream_source` of it.
+    ``mark`` is its layout; or, where that takes long to find out, a weak reference to it: the
+    same object has the same memory. ``key`` and ``source`` are its `stream_key` and
+    `stream_source`.
     """
 
     mark: Any
@@ -50,7 +50,7 @@ class _Known(NamedTuple):
 
 
 class Gradients:
-    """Where the gradients of the last step lay, and what told so.
+    """Checks the gradients of each step, and knows where they are.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ class Gradients:
         The address of each, 0 for None.
     visitors : list of callable
         For each library, other than the first parameter's, that has a stream of
-        its own, what tells that stream.
+        its own, what returns that stream.
     """
 
     def __init__(self, states: Sequence[ParamState], labels: Sequence[str]) -> None:

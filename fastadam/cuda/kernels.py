@@ -212,7 +212,7 @@ def prepare_tensor(context: Any, k: Any, groups: Any, coefficient: Any) -> None:
 
 @inline
 def write_result(result: Any, norm: Any, skipped: Any, steps: Any) -> None:
-    """Write what a step has to tell, before which there were so many."""
+    """Write the result of a step before which there were so many."""
     store(result, field.NORM, convert(norm, DOUBLE))
     store(result, field.SKIPPED, ONE if skipped else DOUBLE)
     store(result, field.COUNT, steps + (0 if skipped else 1))
@@ -221,9 +221,9 @@ def write_result(result: Any, norm: Any, skipped: Any, steps: Any) -> None:
 def prepare_step(contexts: Any, result: Any) -> None:
     """Decide what becomes of the step, and prepare the scalars of every tensor: one block.
 
-    ``contexts`` is the first dtype's, the others follow it. What the step has to tell is
-    written to ``result``, unless that is 0. With ONLY_SCALE, nothing is done but to find what
-    squares must be scaled by; with ONLY_RESULT, nothing but to tell.
+    ``contexts`` is the first dtype's, the others follow it. The result is written to the
+    address ``result``, unless that is 0. With ONLY_SCALE, nothing is done but to find what
+    squares must be scaled by; with ONLY_RESULT, nothing but to write the result.
     """
     values = cuda.shared.array(SEGMENT, float64)
     waiting = cuda.shared.array(WAITING, float64)

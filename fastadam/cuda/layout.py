@@ -15,6 +15,6 @@ CONTEXT_SIZE = 16
 # scaled down to, whether a step is skipped that is not finite. Then the table of groups.
 FACTOR, MAX_NORM, MAY_SKIP, HYPER_GROUPS = range(4)
 
-# The cells of what a step has to tell: norm, 1.0 if it was skipped, steps so far (int64).
+# The cells of a step's result: norm, 1.0 if it was skipped, steps so far (int64).
 NORM, SKIPPED, COUNT = range(3)
 RESULT_SIZE = 4

@@ -1,4 +1,4 @@
-"""What a device tells the host of steps that are on their way."""
+"""The results of steps on a CUDA device, which the host need not wait for."""
 
 import threading
 import weakref
@@ -28,7 +28,7 @@ class PendingResult:
     read : callable
         Waits for the device.
     lasting : bool
-        False for a step in a graph, of which each replay tells anew.
+        False for a step in a graph, which has a new result after each replay.
     """
 
     def __init__(self, read: Callable[[], StepResult], *, lasting: bool = True) -> None:
@@ -38,7 +38,7 @@ class PendingResult:
         self._lock = threading.RLock()
 
     def wait(self) -> StepResult:
-        """Wait for the device, once, if the result lasts; return what it told."""
+        """Wait for the device, once, if the result lasts; return the result."""
         known = self.known
         if known is None:
             with self._lock:
@@ -80,18 +80,20 @@ class Ring:
 
     def __init__(self, words: int) -> None:
         self._slots = driver.pinned(max(words, 1), SLOTS)
-        self._events = [driver.Event() for _ in range(SLOTS)]
+        self._events: list[Any] = []
         self._next = 0
 
-    def take(self) -> tuple[npt.NDArray[np.float64], Any]:
+    def next_slot(self) -> tuple[npt.NDArray[np.float64], Any]:
         """Return a slot and its event."""
         place = self._next
+        if place == len(self._events):
+            self._events.append(driver.Event())
         self._next = (place + 1) % SLOTS
         return self._slots[place], self._events[place]
 
 
 class Results:
-    """What steps have to tell, written by the device to memory that the host reads."""
+    """The results of steps, written by the device to memory that the host reads."""
 
     def __init__(self, device: int) -> None:
         self._device, self._ring = device, Ring(layout.RESULT_SIZE)
@@ -104,7 +106,7 @@ class Results:
 
         Waits only if all slots are of steps that have not been taken yet.
         """
-        slot, event = self._ring.take()
+        slot, event = self._ring.next_slot()
         place = address(slot)
         last = self._pending[place]() if place in self._pending else None
         if last is not None:

@@ -272,7 +272,7 @@ class Stepper:
     ) -> list[Callable[[], object]]:
         """Return the calls that take the step, to be made all or none of them.
 
-        ``result`` is where the device writes what it has to tell; 0 if nothing is limited.
+        ``result`` is where the device writes the step's result; 0 if no norm is needed.
         """
         calls = [self._prepare(stream, graph, result, limited=bool(result))]
         for k, kernel in enumerate(self._update_kernels(zero_grad)):
