@@ -85,8 +85,7 @@ class DeviceArray:
     def __array__(self, *_: Any, **__: Any) -> Any:
         raise TypeError("an array on a CUDA device must be copied: array.copy_to_host()")
 
-    def __reduce__(self) -> Any:
-        raise TypeError("an array on a CUDA device must be copied: array.copy_to_host()")
+    __reduce__ = __array__
 
     def __repr__(self) -> str:
         return f"DeviceArray(shape={self.shape}, dtype={self.dtype}, device={self.device})"

@@ -30,9 +30,6 @@ else:
 
     intrinsics = driver
 
-__all__ = [
-    "EXTRAS", "MAX_THREADS", "SIMULATED", "Kernel", "cuda", "driver", "inline", "intrinsics",
-]  # fmt: skip
 # The simulator's threads are Python's.
 MAX_THREADS = 8 if SIMULATED else 1024
 

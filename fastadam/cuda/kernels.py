@@ -164,14 +164,6 @@ def combine_all(parts: Any, count: Any, values: Any, waiting: Any, find_largest:
 
 
 @inline
-def scale_if_needed(total: Any, largest: Any) -> Any:
-    """Return the power of 2 that keeps squares in range, 1 if they are, or if none would."""
-    if is_exact(total) or largest == 0.0 or not largest < np.inf:
-        return 1.0
-    return scale_for(largest)
-
-
-@inline
 def is_beyond(largest: Any, factor: Any, is_double: Any) -> Any:
     """Whether a gradient, multiplied by a factor in its own type, is not finite."""
     if is_double:
@@ -244,8 +236,10 @@ def prepare_step(contexts: Any, result: Any) -> None:
             beyond = beyond or is_beyond(own, factor, is_double)
             largest = larger(largest, own)
         if ONLY_SCALE is not None:
+            # A power of 2 that keeps squares in range: 1 if they are, or if none would.
+            exact = is_exact(total) or largest == 0.0 or not largest < np.inf
             if thread == 0:
-                store(scale_place, 0, convert(scale_if_needed(total, largest), DOUBLE))
+                store(scale_place, 0, ONE if exact else convert(scale_for(largest), DOUBLE))
             return
         if scale == 1.0 and not is_exact(total):
             norm = largest
