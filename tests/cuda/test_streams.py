@@ -83,6 +83,7 @@ def test_a_schedule_waits_for_the_step_before_alone(lib):
     """It may be skipped, and so decides what the schedule is asked for."""
     twins = Twins(lib, ("f4", "f8"), ((5,), (700,)))
     host, device = pair(twins, **LIMITED, schedule=schedules.cosine(9))
+    lib.synchronize()
     for step in range(4):
         before = [bits(param) for param in twins.params]
         if step == 1:
