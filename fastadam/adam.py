@@ -180,7 +180,7 @@ class Adam(Saveable):
     def _install(self, groups: Groups, steps: Any, step_count: int) -> None:
         """Lay out the tables that the kernels read; raise before anything is replaced."""
         backend = backends.of(groups.arrays)
-        scalars = backend.make_scalars(groups)
+        scalars = Scalars(groups)
         stepper = backend.make_stepper(groups.states, groups.labels, steps, step_count, scalars)
         new = {
             "_groups": groups,

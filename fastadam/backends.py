@@ -7,7 +7,6 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .params.groups import Groups
 from .params.kinds import on_device
 from .runtime import kernel_lock, signals_deferred
 from .state.param_state import ParamState
@@ -74,9 +73,6 @@ class Backend(Protocol):
 
     def check_copyable(self) -> None:
         """Refuse to copy or pickle an optimizer, where its arrays cannot be."""
-
-    def make_scalars(self, groups: Groups) -> Scalars:
-        """Return the table of the groups' hyperparameters."""
 
     def make_stepper(
         self,

@@ -519,9 +519,9 @@ def describe_gpu(device: dict[str, Any]) -> str:
 
 def cuda_backend() -> Any:
     """Import fastadam's functions for a CUDA device; fails where a package does not work."""
-    from fastadam.cuda import launch
+    from fastadam.cuda import compiler
 
-    return launch
+    return compiler
 
 
 def gpu() -> dict[str, Any]:

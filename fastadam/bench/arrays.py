@@ -161,7 +161,7 @@ class NumbaArrays(Arrays):
 
         for pair in zip(targets, sources, strict=True):
             to, source = (view(array, "array", writable=False) for array in pair)
-            self.backend.copy(to.address, source.address, to.nbytes, 0)
+            self.backend.driver.copy(to.address, source.address, to.nbytes, 0)
 
 
 def choose(device: str) -> Arrays:
@@ -186,7 +186,7 @@ def choose(device: str) -> Arrays:
 
 def synchronize() -> None:
     """Wait until the device has done all its work, whoever started it."""
-    cuda_backend().synchronize_all()
+    cuda_backend().driver.synchronize_all()
 
 
 def free_on_device() -> float:

@@ -188,15 +188,12 @@ class DeviceCopy(Contender):
 
     def setup(self, params: Sequence[NDArray[Any]], grads: Sequence[NDArray[Any]]) -> None:  # noqa: ARG002
         """Allocate two buffers."""
-        self.backend = backend = cuda_backend()
+        self.driver = cuda_backend().driver
         self.params = []
         self.nbytes = TRAFFIC[self.tail] * sum(param.nbytes for param in params) // 2
-        self._buffers = [backend.allocate(self.nbytes) for _ in range(2)]
-        self._places = [backend.address_of_buffer(buffer) for buffer in self._buffers]
-        for place in self._places:
-            backend.clear(place, self.nbytes, 0)
+        self._buffers = [self.driver.Buffer(self.nbytes) for _ in range(2)]
 
     def step(self) -> None:
         """Copy."""
-        source, target = self._places
-        self.backend.copy(target, source, self.nbytes, 0)
+        source, target = self._buffers
+        self.driver.copy(target.address, source.address, self.nbytes, 0)

@@ -7,7 +7,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ..params.arrays import address, check_param
-from ..params.groups import Groups
 from ..state.param_state import ParamState
 from ..state.storage import allocate
 from ..update.rows import Rows
@@ -19,16 +18,10 @@ __all__ = [
     "allocate",
     "assign",
     "check_copyable",
-    "make_scalars",
     "make_stepper",
     "take_param",
     "to_host",
 ]
-
-
-def make_scalars(groups: Groups) -> Scalars:
-    """Return the table of the groups' hyperparameters."""
-    return Scalars(groups)
 
 
 def make_stepper(

@@ -10,7 +10,6 @@ stale. What it does not find as expected, and no more, is left to the checks in 
 import ctypes
 import functools
 import pickle
-import weakref
 from typing import Any
 
 import numpy as np
@@ -147,47 +146,6 @@ def accept(fields: Any, tensors: Any, seen: Any) -> Any:
     for t in range(tensors.shape[0]):
         tensors[t, layout.GRAD] = seen[t, field.FOUND]
     return True
-
-
-# PyWeakReference: what it refers to comes first, None if that is gone.
-_REFERENT = object.__basicsize__
-
-
-def are_the_same(grads: Any, references: Any, count: Any, none: Any) -> Any:
-    """Whether a tuple has the very objects that it had, by weak references to those.
-
-    Parameters
-    ----------
-    grads : int
-        ``id()`` of the tuple.
-    references : int
-        Address of ``count`` int64: the ``id()`` of a weak reference to each, 0 for
-        None.
-    count : int
-        Their number, the tuple's length.
-    none : int
-        ``id(None)``.
-    """
-    for t in range(count):
-        reference, expected = peek(references + 8 * t, _INT64), none
-        if reference != 0:
-            expected = peek(reference + _REFERENT, _INT64)
-            if expected == none:
-                return False
-        if peek(grads + _ITEMS + 8 * t, _INT64) != expected:
-            return False
-    return True
-
-
-@functools.cache
-def references_work() -> bool:
-    """Whether weak references are as described here, tried on one."""
-    target = type("Target", (), {})()
-    reference = weakref.ref(target)
-    if _peek(id(reference) + _REFERENT) != id(target):
-        return False
-    del target
-    return reference() is None and _peek(id(reference) + _REFERENT) == id(None)
 
 
 @functools.cache

@@ -1,16 +1,19 @@
 """Arrays on a CUDA device: whose it is, where it lies, is it usable; and our own."""
 
+import contextlib
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.stride_tricks import as_strided
 
 from ..params.arrays import DTYPES
 from ..params.kinds import on_device
-from ..state.storage import ALIGNMENT, offsets
-from . import launch
+from ..state.storage import offsets
+from .compiler import driver
 
 
 class DeviceArray:
@@ -42,25 +45,23 @@ class DeviceArray:
     ) -> None:
         self.owner, self.address, self.shape, self.dtype = owner, address, shape, dtype
         self.order, self.device = order, device
-        self.size = int(np.prod(shape, dtype=np.int64))
+        self.size = math.prod(shape)
         self.nbytes = self.size * dtype.itemsize
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        strides = None if self.order == "C" else _strides(self.shape, self.dtype.itemsize, "F")
+        shape, strides = self.shape, None
+        if self.order == "F":
+            strides = tuple(math.prod(shape[:k]) * self.dtype.itemsize for k in range(len(shape)))
+        data, typestr = (self.address, False), self.dtype.str
         return {
-            "shape": self.shape,
-            "typestr": self.dtype.str,
-            "data": (self.address, False),
-            "strides": strides,
-            "version": 3,
-        }
+            "shape": shape, "typestr": typestr, "data": data, "strides": strides, "version": 3,
+        }  # fmt: skip
 
     def copy_to_host(self) -> npt.NDArray[Any]:
         """Return a copy in a NumPy array, once all work on the device is done."""
         array: npt.NDArray[Any] = np.empty(self.shape, self.dtype, order=self.order)  # type: ignore[call-overload]
-        target = array.ctypes.data
-        launch.at_once(self.device, launch.download, target, self.address, self.nbytes)
+        driver.copy_now(self.device, array.ctypes.data, self.address, self.nbytes)
         return array
 
     def copy_from_host(self, values: npt.ArrayLike) -> None:
@@ -74,8 +75,7 @@ class DeviceArray:
         array = np.array(values, dtype=self.dtype, order=self.order)  # type: ignore[call-overload]
         if array.shape != self.shape:
             raise ValueError(f"values must have shape {self.shape}, got {array.shape}")
-        source = array.ctypes.data
-        launch.at_once(self.device, launch.upload, self.address, source, self.nbytes)
+        driver.copy_now(self.device, self.address, array.ctypes.data, self.nbytes)
 
     def __len__(self) -> int:
         if not self.shape:
@@ -85,54 +85,35 @@ class DeviceArray:
     def __array__(self, *_: Any, **__: Any) -> Any:
         raise TypeError("an array on a CUDA device must be copied: array.copy_to_host()")
 
-    def __reduce__(self) -> Any:
-        raise TypeError("an array on a CUDA device must be copied: array.copy_to_host()")
+    __reduce__ = __array__
 
     def __repr__(self) -> str:
         return f"DeviceArray(shape={self.shape}, dtype={self.dtype}, device={self.device})"
 
 
-def place_of(array: DeviceArray) -> int:
+def address(array: DeviceArray) -> int:
     """Return where an array lies."""
     return array.address
 
 
-def _strides(shape: Sequence[int], itemsize: int, order: str) -> tuple[int, ...]:
-    strides, step = [], itemsize
-    for length in shape if order == "F" else reversed(shape):
-        strides.append(step)
-        step *= length
-    return tuple(strides if order == "F" else reversed(strides))
-
-
-def _order(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> str | None:
-    """Return in which order elements lie without gaps, if in either."""
-    for order in "CF":
-        packed = _strides(shape, itemsize, order)
-        if 0 in shape or all(
-            length == 1 or a == b for length, a, b in zip(shape, strides, packed, strict=True)
-        ):
-            return order
-    return None
-
-
 def _check(
-    kind: str, dtype: Any, shape: Sequence[int], strides: Any, address: int, label: str
+    kind: str, dtype: Any, shape: tuple[int, ...], strides: Any, place: int, label: str
 ) -> str:
     """Refuse what cannot be used where it lies; return its order."""
-    if not address and 0 not in shape:
+    if not place and 0 not in shape:
         raise ValueError(f"{label} must have memory of its own, got {kind} without any")
     if dtype not in DTYPES:
         raise TypeError(f"{label}.dtype must be float32 or float64, got {dtype}")
-    order = "C" if strides is None else _order(shape, strides, dtype.itemsize)
-    if order is None:
+    # An array of NumPy's that has these strides, and is not read.
+    flags = as_strided(np.empty(1, dtype), shape, strides).flags
+    if strides is not None and not flags.forc:
         raise ValueError(
             f"{label} must be contiguous, in C or Fortran order, got strides {tuple(strides)} of"
-            f" bytes for shape {tuple(shape)} of {kind}"
+            f" bytes for shape {shape} of {kind}"
         )
-    if address % dtype.itemsize:
+    if place % dtype.itemsize:
         raise ValueError(f"{label} must be aligned to its {dtype.itemsize}-byte elements")
-    return order
+    return "C" if strides is None or flags.c_contiguous else "F"
 
 
 def _library(array: Any) -> str:
@@ -157,49 +138,44 @@ def view(array: Any, label: str, *, writable: bool) -> DeviceArray:
     kind = f"{type(array).__module__}.{type(array).__qualname__}"
     if not on_device(array):
         raise TypeError(f"{label} must be an array on a CUDA device, got {kind}")
+    read_only, device = False, None
     if has_data_ptr(array):
-        return _view_of_tensor(array, kind, label)
-    if hasattr(type(array), "device_ctypes_pointer"):
+        # torch's: its interface refuses tensors that need a gradient.
+        layout = str(getattr(array, "layout", "torch.strided"))
+        if layout != "torch.strided":
+            raise TypeError(f"{label} must be dense, got {kind} of layout {layout}")
+        name = str(array.dtype).rpartition(".")[2]
+        if name not in ("float32", "float64"):
+            raise TypeError(f"{label}.dtype must be float32 or float64, got {array.dtype}")
+        place, shape, dtype = array.data_ptr(), array.shape, np.dtype(name)
+        strides = [step * dtype.itemsize for step in array.stride()]
+        device = int(array.device.index or 0)
+    elif hasattr(type(array), "device_ctypes_pointer"):
         # Numba's: its interface raises a DeprecationWarning for some of its own streams.
-        address, read_only, shape = array.device_ctypes_pointer.value, False, array.shape
+        place, shape = array.device_ctypes_pointer.value, array.shape
         strides, dtype = array.strides, array.dtype
     elif hasattr(type(array), "__cuda_array_interface__"):
         interface = array.__cuda_array_interface__
-        address, read_only = interface["data"]
-        shape, strides = tuple(interface["shape"]), interface.get("strides")
-        dtype = np.dtype(interface["typestr"])
+        (place, read_only), shape = interface["data"], interface["shape"]
+        strides, dtype = interface.get("strides"), np.dtype(interface["typestr"])
         if interface.get("mask") is not None:
             raise TypeError(f"{label} must have no mask, got {kind}")
     elif hasattr(type(array), "__dlpack_device__"):
         from cuda.core.utils import StridedMemoryView
 
         memory = StridedMemoryView.from_dlpack(array, stream_ptr=-1)
-        address, read_only, shape, dtype = memory.ptr, memory.readonly, memory.shape, memory.dtype
+        place, read_only, shape, dtype = memory.ptr, memory.readonly, memory.shape, memory.dtype
         strides = memory.strides and [step * dtype.itemsize for step in memory.strides]
-    else:
-        address, read_only, shape = array.ctypes.data, False, tuple(array.shape)
+    else:  # of Numba's simulator
+        place, shape = array.ctypes.data, array.shape
         strides, dtype = array.strides, array.dtype
-    address = int(address or 0)
-    order = _check(kind, dtype, shape, strides, address, label)
+    place, shape = int(place or 0), tuple(shape)
+    order = _check(kind, dtype, shape, strides, place, label)
     if read_only and writable:
         raise ValueError(f"{label} must be writable, got a read-only array")
-    device = launch.device_of(address) if address else -1
-    return DeviceArray(array, address, tuple(shape), dtype, order, device)
-
-
-def _view_of_tensor(tensor: Any, kind: str, label: str) -> DeviceArray:
-    """Do the same for torch's, which exports nothing that needs a gradient."""
-    layout = str(getattr(tensor, "layout", "torch.strided"))
-    if layout != "torch.strided":
-        raise TypeError(f"{label} must be dense, got {kind} of layout {layout}")
-    name = str(tensor.dtype).rpartition(".")[2]
-    if name not in ("float32", "float64"):
-        raise TypeError(f"{label}.dtype must be float32 or float64, got {tensor.dtype}")
-    dtype = np.dtype(name)
-    strides = [step * dtype.itemsize for step in tensor.stride()]
-    shape, address = tuple(tensor.shape), tensor.data_ptr()
-    order = _check(kind, dtype, shape, strides, address, label)
-    return DeviceArray(tensor, address, shape, dtype, order, int(tensor.device.index or 0))
+    if device is None:
+        device = driver.device_of(place) if place else -1
+    return DeviceArray(array, place, shape, dtype, order, device)
 
 
 def current_stream(array: DeviceArray) -> int:
@@ -208,7 +184,7 @@ def current_stream(array: DeviceArray) -> int:
 
 
 def stream_source(array: DeviceArray) -> Callable[[], int | None]:
-    """Return what tells that stream, at any time, without keeping the array.
+    """Return what returns that stream, at any time, without keeping the array.
 
     None is of arrays that name no stream: they are worked on in the default stream,
     or their owner has waited.
@@ -233,14 +209,6 @@ def stream_source(array: DeviceArray) -> Callable[[], int | None]:
 OWN = "fastadam"
 
 
-class OwnBuffer:
-    """Memory that `allocate` has taken."""
-
-    def __init__(self, size: int) -> None:
-        self._buffer = launch.allocate(size)
-        self.address = launch.address_of_buffer(self._buffer)
-
-
 def stream_key(array: DeviceArray) -> Any:
     """Return what arrays have in common whose libraries work on one stream."""
     library = _library(array.owner)
@@ -252,7 +220,7 @@ def has_data_ptr(array: Any) -> bool:
     return hasattr(type(array), "data_ptr")
 
 
-def glance(array: Any) -> tuple[int, Any]:
+def place_and_layout(array: Any) -> tuple[int, Any]:
     """Return where an array lies, and all else that decides whether it fits.
 
     If the latter cannot be told quickly, None.
@@ -260,11 +228,8 @@ def glance(array: Any) -> tuple[int, Any]:
     if isinstance(array, DeviceArray):
         return array.address, (array.shape, array.order, array.dtype, array.device)
     if has_data_ptr(array):
-        try:
-            traits = (array.shape, array.stride(), array.dtype, array.device)
-            return array.data_ptr(), traits
-        except RuntimeError:  # sparse ones have no strides: `view` says so
-            return 0, None
+        with contextlib.suppress(RuntimeError):  # sparse ones have no strides: `view` says so
+            return array.data_ptr(), (array.shape, array.stride(), array.dtype, array.device)
     return 0, None
 
 
@@ -273,14 +238,10 @@ def allocate(likes: Sequence[DeviceArray]) -> list[DeviceArray]:
     if not likes:
         return []
     device = max(0, *(like.device for like in likes))
-    starts, total = offsets(like.nbytes for like in likes)
-    with launch.context(device):
-        buffer = OwnBuffer(total + ALIGNMENT)
-        base = buffer.address + -buffer.address % ALIGNMENT
-        if total:
-            launch.clear(base, total, 0)
-            launch.synchronize(0)
+    starts, size = offsets(like.nbytes for like in likes)
+    with driver.context(device):
+        buffer = driver.Buffer(size)
     return [
-        DeviceArray(buffer, base + start, like.shape, like.dtype, like.order, device)
+        DeviceArray(buffer, buffer.address + start, like.shape, like.dtype, like.order, device)
         for like, start in zip(likes, starts, strict=True)
     ]

@@ -6,29 +6,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..params.groups import Groups
 from ..state.param_state import ParamState
 from ..update.rows import Rows
-from . import launch
-from .arrays import DeviceArray, allocate, place_of, view
+from ..update.scalars import Scalars
+from .arrays import DeviceArray, address, allocate, view
+from .compiler import driver
 from .gradients import Gradients
-from .scalars import DeviceScalars
 from .stepper import Stepper
 
 __all__ = [
     "allocate",
     "assign",
     "check_copyable",
-    "make_scalars",
     "make_stepper",
     "take_param",
     "to_host",
 ]
-
-
-def make_scalars(groups: Groups) -> DeviceScalars:
-    """Return the table of the groups' hyperparameters."""
-    return DeviceScalars(groups)
 
 
 def make_stepper(
@@ -36,16 +29,16 @@ def make_stepper(
     labels: Sequence[str],
     steps: npt.NDArray[np.int64],
     step_count: int,
-    scalars: Any,
+    scalars: Scalars,
 ) -> Stepper:
     """Return what takes the steps of these parameters."""
     device = max(0, *(state.param.device for state in states))
-    rows = Rows.of(states, place_of, steps)
+    rows = Rows.of(states, address, steps)
     return Stepper(rows, scalars, Gradients(states, labels), step_count, device)
 
 
 def take_param(array: Any, label: str) -> DeviceArray:
-    """Refuse what cannot be updated in place; see `_cuda_arrays.view`."""
+    """Refuse what cannot be updated in place; see `arrays.view`."""
     return view(array, label, writable=True)
 
 
@@ -54,8 +47,7 @@ def assign(target: DeviceArray, source: Any) -> None:
     if isinstance(source, np.ndarray):
         target.copy_from_host(source)
     else:
-        places = target.address, source.address
-        launch.at_once(target.device, launch.copy, *places, target.nbytes)
+        driver.copy_now(target.device, target.address, source.address, target.nbytes)
 
 
 def to_host(array: Any) -> npt.NDArray[Any]:

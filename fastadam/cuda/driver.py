@@ -1,27 +1,34 @@
-"""Memory, streams and events of a CUDA device, by way of numba-cuda's driver."""
+"""Kernels, memory, streams and events of a CUDA device, by way of numba-cuda's driver."""
 
 import contextlib
 import ctypes
 import functools
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from cuda.core import LaunchConfig, launch
+import numpy.typing as npt
+from cuda.core import LaunchConfig, Stream, launch
 from numba import cuda
 from numba.cuda.cudadrv.driver import CudaAPIError, binding, driver
 
-Address = int
 SUCCESS = binding.CUresult.CUDA_SUCCESS
 NOT_INITIALIZED = binding.CUresult.CUDA_ERROR_NOT_INITIALIZED
 
 
-@functools.lru_cache(maxsize=64)
-def stream_object(handle: int) -> Any:
-    """Return what numba-cuda calls a stream, for another library's handle."""
-    return cuda.external_stream(handle) if handle else 0
+# Kernels.
+
+
+def compile_kernel(function: Callable[..., Any], signature: Any, bounds: Any) -> Any:
+    """Compile an entry point."""
+    return cuda.jit(signature, launch_bounds=bounds)(function)
+
+
+def compile_inline(function: Callable[..., Any]) -> Any:
+    """Compile a function for use inside a kernel."""
+    # Inlined by the compiler behind Numba: what is None has been pruned by then.
+    return cuda.jit(device=True, forceinline=True)(function)
 
 
 def load_kernel(compiled: Any) -> None:
@@ -30,23 +37,24 @@ def load_kernel(compiled: Any) -> None:
         kernel.bind()
 
 
-def launcher(compiled: Any, blocks: int, threads: int, stream: int) -> Any:
-    """Return what makes, of a kernel's int64 arguments, a call that starts it on this device."""
-    with warnings.catch_warnings():  # of few blocks: if there is one, one is meant
-        warnings.simplefilter("ignore")
-        configured = compiled[blocks, threads, stream_object(stream)]
-    try:
-        # What numba-cuda comes to, once it has looked at the arguments' types: a third of
-        # the time.
-        (kernel,) = compiled.overloads.values()
-        function = kernel._codelibrary.get_cufunc().kernel
-        config = LaunchConfig(grid=configured.griddim, block=configured.blockdim)
-        queue = configured.stream
-    except (AttributeError, ValueError):  # in a version to come
-        return functools.partial(functools.partial, configured)
-    start = functools.partial(functools.partial, launch, queue, config, function)
+@functools.lru_cache(maxsize=1024)  # streams come and go
+def launcher(compiled: Any, device: int, blocks: int, threads: int, stream: int) -> Any:  # noqa: ARG001
+    """Return what makes, of a kernel's int64 arguments, a call that starts it on this device.
+
+    It is what numba-cuda's ``compiled[blocks, threads, stream](*arguments)`` comes to after
+    it has looked at the arguments' types: a third of the time, and no Python, so that no
+    signal's handler comes between two kernels of a step.
+    """
+    (kernel,) = compiled.overloads.values()
+    function = kernel._codelibrary.get_cufunc().kernel
+    config = LaunchConfig(grid=blocks, block=threads)
+    start = functools.partial(
+        functools.partial, launch, Stream.from_handle(stream), config, function
+    )
     return lambda *arguments: start(*map(ctypes.c_int64, arguments))
 
+
+# Contexts.
 
 # The handles of the devices' contexts, which they have had since they were first asked for.
 _contexts: dict[int, int] = {}
@@ -80,15 +88,29 @@ def _initialize() -> None:
         )
 
 
+def multiprocessors(device: int) -> int:
+    """Return how many the device has."""
+    return int(cuda.gpus[device].MULTIPROCESSOR_COUNT)
+
+
+# Memory.
+
+
 class Buffer:
-    """Bytes on the current device, freed as soon as nothing refers to them.
+    """Zeros on the current device, freed as soon as nothing refers to them.
 
     They come from the driver itself, which lets no one have them before all work on the
     device is done. numba-cuda frees its arrays in groups of ten, at any later time, and
     a memory manager that a user has given it may reuse them while a kernel is running.
+
+    Attributes
+    ----------
+    address : int
+        A multiple of 256.
     """
 
     def __init__(self, size: int) -> None:
+        size = max(size, 1)
         try:
             place = driver.cuMemAlloc(size)
         except CudaAPIError as error:
@@ -99,19 +121,16 @@ class Buffer:
             place = driver.cuMemAlloc(size)
         self.address = int(place)
         _free_with(self, binding.cuMemFree, place)
+        driver.cuMemsetD8Async(self.address, 0, size, 0)
+        driver.cuStreamSynchronize(0)
 
 
-def allocate(size: int) -> Buffer:
-    """Return a buffer of this many bytes on the current device."""
-    return Buffer(max(size, 1))
-
-
-def pinned(columns: int, rows: int) -> np.ndarray[Any, Any]:
+def pinned(columns: int, rows: int) -> npt.NDArray[np.float64]:
     """Return zeros, float64 or anything as wide, that device and host see at one address."""
     place = driver.cuMemHostAlloc(8 * columns * rows, 0)
     memory = (ctypes.c_double * (columns * rows)).from_address(int(place))
     _free_with(memory, binding.cuMemFreeHost, place)
-    array: np.ndarray[Any, Any] = np.ctypeslib.as_array(memory).reshape(rows, columns)
+    array: npt.NDArray[np.float64] = np.ctypeslib.as_array(memory).reshape(rows, columns)
     array[...] = 0.0
     return array
 
@@ -126,40 +145,56 @@ def _free(free: Callable[[Any], Any], resource: Any, current: Any) -> None:
     """Free it, in whatever thread this is, and while any library captures a graph."""
     # In a forked child, or when the context is gone, there is nothing to free.
     if binding.cuCtxPushCurrent(current)[0] == SUCCESS:
-        with relaxed():
+        with allowed_in_capture():
             free(resource)
         binding.cuCtxPopCurrent()
 
 
-def address_of_buffer(buffer: Buffer) -> Address:
-    """Return where a buffer of `allocate` lies."""
-    return buffer.address
+def copy(target: int, source: int, size: int, stream: int) -> None:
+    """Copy bytes in the order of the stream, from and to the device or the host.
+
+    Memory of the host must be pinned, and stay, or the copy be waited for.
+    """
+    driver.cuMemcpyAsync(target, source, size, stream)
 
 
-def clear(address: Address, size: int, stream: int) -> None:
-    """Set bytes to 0, in the order of the stream."""
-    driver.cuMemsetD8Async(address, 0, size, stream)
+def copy_now(device: int, target: int, source: int, size: int) -> None:
+    """Copy bytes, once all work on a device is done; wait for them."""
+    if size:
+        with context(device):
+            synchronize_all()
+            copy(target, source, size, 0)
+            synchronize(0)
 
 
-def copy(target: Address, source: Address, size: int, stream: int) -> None:
-    """Copy bytes on the device, in the order of the stream."""
-    driver.cuMemcpyDtoDAsync(target, source, size, stream)
+def device_of(address: int) -> int:
+    """Return the number of the device on which memory lies.
+
+    Raises
+    ------
+    RuntimeError
+        In a forked child.
+    """
+    attribute = binding.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+    error, device = binding.cuPointerGetAttribute(attribute, address)
+    if error == NOT_INITIALIZED:
+        _initialize()
+    if error != SUCCESS:
+        device = driver.cuPointerGetAttribute(attribute, address)  # raises, if it must
+    return int(device)
 
 
-def upload(target: Address, source: Address, size: int, stream: int) -> None:
-    """Copy bytes to the device, in the order of the stream; the source must stay."""
-    driver.cuMemcpyHtoDAsync(target, source, size, stream)
-
-
-def download(target: Address, source: Address, size: int, stream: int) -> None:
-    """Copy bytes to the host, in the order of the stream, and wait for them."""
-    driver.cuMemcpyDtoHAsync(target, source, size, stream)
-    driver.cuStreamSynchronize(stream)
+# Streams.
 
 
 def synchronize(stream: int) -> None:
     """Wait until what has been started on a stream is done."""
     driver.cuStreamSynchronize(stream)
+
+
+def synchronize_all() -> None:
+    """Wait until all work on the current device is done."""
+    driver.cuCtxSynchronize()
 
 
 def is_capturing(stream: int) -> bool:
@@ -182,10 +217,10 @@ def is_capturing(stream: int) -> bool:
 
 
 @contextlib.contextmanager
-def relaxed() -> Iterator[None]:
+def allowed_in_capture() -> Iterator[None]:
     """Allow this thread, while a stream is captured, what does not concern that stream."""
-    mode = binding.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
-    before = driver.cuThreadExchangeStreamCaptureMode(mode)
+    relaxed = binding.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    before = driver.cuThreadExchangeStreamCaptureMode(relaxed)
     try:
         yield
     finally:
@@ -200,28 +235,6 @@ def side_stream(device: int) -> int:
         return int(driver.cuStreamCreate(int(flags)))
 
 
-def device_of(address: Address) -> int:
-    """Return the number of the device on which memory lies.
-
-    Raises
-    ------
-    RuntimeError
-        In a forked child.
-    """
-    attribute = binding.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
-    error, device = binding.cuPointerGetAttribute(attribute, address)
-    if error == NOT_INITIALIZED:
-        _initialize()
-    if error != SUCCESS:
-        device = driver.cuPointerGetAttribute(attribute, address)  # raises, if it must
-    return int(device)
-
-
-def multiprocessors(device: int) -> int:
-    """Return how many the device has."""
-    return int(cuda.gpus[device].MULTIPROCESSOR_COUNT)
-
-
 class Event:
     """A point in a stream, to be waited for."""
 
@@ -234,25 +247,16 @@ class Event:
         """Be the point after what has been started on the stream so far."""
         driver.cuEventRecord(self._event, stream)
 
-    def hold(self, stream: int) -> None:
-        """Let what is started on another stream from now on wait for the point."""
-        driver.cuStreamWaitEvent(stream, self._event, 0)
-
     def recording(self, stream: int) -> Callable[[], object]:
         """Return a call that does so, and in which no signal is acted on."""
         return functools.partial(binding.cuEventRecord, self._event, stream)
 
-    # To ask or to wait is refused, and spoils the graph, while any stream is captured.
-
-    def is_past(self) -> bool:
-        """Whether the point has been reached."""
-        with relaxed():
-            (error,) = binding.cuEventQuery(self._event)
-            if error not in (SUCCESS, binding.CUresult.CUDA_ERROR_NOT_READY):
-                driver.cuEventQuery(self._event)  # raises
-        return bool(error == SUCCESS)
+    def block(self, stream: int) -> None:
+        """Let what is started on another stream from now on wait for the point."""
+        driver.cuStreamWaitEvent(stream, self._event, 0)
 
     def wait(self) -> None:
-        """Wait until it has been."""
-        with relaxed():
+        """Wait until the point has been reached; at once if none has been recorded."""
+        # To wait is refused, and spoils the graph, while any stream is captured.
+        with allowed_in_capture():
             driver.cuEventSynchronize(self._event)

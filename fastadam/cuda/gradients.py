@@ -1,40 +1,29 @@
-"""What is known of the gradients on a CUDA device, so that little is asked in every step."""
+"""The gradients of a step on a CUDA device: each is checked, and its address noted."""
 
-import functools
 import sys
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-from numba import types
 
-from ..cpu import intrinsics, numpy_structs
-from ..params.arrays import address, check_alike
+from ..params.arrays import check_alike
 from ..params.memory import Memory
 from ..state.param_state import ParamState, all_arrays
 from ..update.limits import nonfinite_message
 from .arrays import (
     OWN,
     DeviceArray,
+    address,
     current_stream,
-    glance,
     has_data_ptr,
-    place_of,
+    place_and_layout,
     stream_key,
     stream_source,
     view,
 )
 
-
-@functools.cache
-def _are_the_same() -> Any:
-    return intrinsics.kernel(numpy_structs.are_the_same, (types.int64,) * 4)
-
-
-@functools.cache
-def _all_of(count: int) -> list[int]:
-    return list(range(count))
+_ORDERS = {"C": "C", "F": "Fortran"}
 
 
 def lie_at(tensors: list[Any], places: list[int]) -> bool:
@@ -42,12 +31,26 @@ def lie_at(tensors: list[Any], places: list[int]) -> bool:
     torch = sys.modules.get("torch")
     at_once = getattr(getattr(torch, "_C", None), "_tensors_data_ptrs_at_indices_equal", None)
     if at_once is not None:  # only builds for CUDA have it
-        return bool(at_once(tensors, places, _all_of(len(places))))
+        return bool(at_once(tensors, places, list(range(len(places)))))
     return [tensor.data_ptr() for tensor in tensors] == places
 
 
+class _Known(NamedTuple):
+    """What is known of a gradient that fits, and of the next one if it is alike.
+
+    ``mark`` is its layout; or, where that takes long to find out, a weak reference to it: the
+    same object has the same memory. ``key`` and ``source`` are its `stream_key` and
+    `stream_source`.
+    """
+
+    mark: Any
+    writable: bool
+    key: Any
+    source: Callable[[], int | None]
+
+
 class Gradients:
-    """Where the gradients of the last step lay, and what told so.
+    """Checks the gradients of each step, and knows where they are.
 
     Parameters
     ----------
@@ -67,12 +70,12 @@ class Gradients:
         The address of each, 0 for None.
     visitors : list of callable
         For each library, other than the first parameter's, that has a stream of
-        its own, what tells that stream.
+        its own, what returns that stream.
     """
 
     def __init__(self, states: Sequence[ParamState], labels: Sequence[str]) -> None:
         self._states, self._labels = states, labels
-        self._memory = Memory.of(all_arrays(states), place_of)
+        self._memory = Memory.of(all_arrays(states), address)
         self._params: list[DeviceArray] = [state.param for state in states]
         params = self._params
         owners = [param.owner for param in params]
@@ -84,17 +87,13 @@ class Gradients:
         self._visiting_params = {stream_key(param): stream_source(param) for param in params}
         del self._visiting_params[self._own_key]
         self.visitors = list(self._visiting_params.values())
-        # For each: what was told of it beside its address, when it was found to fit.
-        self._traits: list[Any] = [None] * len(params)
-        self._writable = False
-        self._references: list[Any] = []
-        self._reference_ids = np.zeros(len(params), dtype=np.int64)
-        self._references_at = address(self._reference_ids)
-        self._tensors: list[int] = []
-        self._tensor_places: list[int] = []
+        self._known: list[_Known | None] = [None] * len(params)
 
     def take(self, grads: tuple[Any, ...], writable: bool) -> None:
-        """Check the gradients, unless they are the last step's and lie where they lay.
+        """Check the gradients, and note where they are.
+
+        What fits as the last step's did is not looked at in detail: tensors and arrays of
+        our own where their layout is the same, others where they are the same objects.
 
         Raises
         ------
@@ -103,8 +102,33 @@ class Gradients:
             been moved. Nothing is then remembered of them.
         """
         self._check_params()
-        if not (self._writable or not writable) or not self._are_known(grads):
-            self._look(grads, writable)
+        places = np.zeros_like(self.places)
+        known: list[_Known | None] = [None] * len(grads)
+        visitors = dict(self._visiting_params)
+        for k, grad in enumerate(grads):
+            if grad is None:
+                continue
+            place, layout = place_and_layout(grad)
+            if layout is None:
+                place = int(self.places[k])
+            last = self._known[k]
+            if not (
+                last is not None
+                and (last.writable or not writable)
+                and (_is_same(last.mark, grad) if layout is None else last.mark == layout)
+                and self._has_memory(k, place)
+            ):
+                found = self._view(k, grad, writable)
+                place, mark = found.address, layout or _reference(grad)
+                last = _Known(mark, writable, stream_key(found), stream_source(found))
+            known[k] = last
+            places[k] = place or 1  # an empty array may lie at 0, which stands for None
+            if last.key not in (self._own_key, OWN):
+                visitors.setdefault(last.key, last.source)
+        if not np.array_equal(places, self.places):
+            self._memory.check_apart(self._labels, places, np.where(places != 0, self._nbytes, 0))
+        self.places, self._known = places, known
+        self.visitors = list(visitors.values())
 
     def _check_params(self) -> None:
         """Refuse a parameter that lies elsewhere now, as a tensor can."""
@@ -116,6 +140,26 @@ class Gradients:
                 raise ValueError(
                     f"{state.label} must keep the memory that it had when the optimizer was made"
                 )
+
+    def _has_memory(self, k: int, place: int) -> bool:
+        aligned = place % self._params[k].dtype.itemsize == 0
+        return aligned and (place != 0 or not self._params[k].size)
+
+    def _view(self, k: int, grad: Any, writable: bool) -> DeviceArray:
+        label, param = self._labels[k], self._params[k]
+        found = view(grad, label, writable=writable)
+        check_alike(found, param, label)
+        if found.order != param.order:
+            raise ValueError(
+                f"{label} must be laid out in {_ORDERS[param.order]} order, as its parameter is,"
+                f" got {_ORDERS[found.order]} order"
+            )
+        if found.size and found.device != param.device:
+            raise ValueError(
+                f"{label} must be on CUDA device {param.device}, as its parameter is, got device"
+                f" {found.device}"
+            )
+        return found
 
     def current_stream(self) -> int:
         """Return the stream on which the first parameter's library works now."""
@@ -131,66 +175,14 @@ class Gradients:
                     return message
         return None
 
-    def _are_known(self, grads: tuple[Any, ...]) -> bool:
-        if not self._references or not numpy_structs.references_work():
-            return False
-        if not _are_the_same()(id(grads), self._references_at, len(grads), id(None)):
-            return False
-        # Not kept between steps, since that would keep their memory.
-        tensors = [grads[k] for k in self._tensors]
-        return not tensors or lie_at(tensors, self._tensor_places)
 
-    def _look(self, grads: tuple[Any, ...], writable: bool) -> None:
-        places = np.zeros_like(self.places)
-        traits: list[Any] = [None] * len(grads)
-        visitors = dict(self._visiting_params)
-        known = self._traits if self._writable or not writable else traits
-        for k, grad in enumerate(grads):
-            if grad is None:
-                continue
-            place, trait = glance(grad)
-            whole = place % self._params[k].dtype.itemsize == 0 and (place or not self._nbytes[k])
-            if trait is None or trait != known[k] or not whole:
-                found = self._view(k, grad, writable)
-                place, key = found.address, stream_key(found)
-                if key not in (self._own_key, OWN):
-                    visitors.setdefault(key, stream_source(found))
-                    trait = None  # to be found again, by the same way, in the next step
-            # An empty array may lie at 0, which stands for None.
-            places[k], traits[k] = place or 1, trait
-        if not np.array_equal(places, self.places):
-            present = places != 0
-            self._memory.check_apart(self._labels, places, np.where(present, self._nbytes, 0))
-        self._remember(grads, places, traits, writable)
-        self.visitors = list(visitors.values())
+def _reference(array: Any) -> Any:
+    """Return a weak reference, which keeps no memory; None where an object takes none."""
+    try:
+        return weakref.ref(array)
+    except TypeError:
+        return None
 
-    def _remember(
-        self, grads: tuple[Any, ...], places: Any, traits: list[Any], writable: bool
-    ) -> None:
-        self._references = []  # until all the rest is of these gradients
-        self.places, self._traits, self._writable = places, traits, writable
-        self._tensors = [k for k, grad in enumerate(grads) if has_data_ptr(grad)]
-        self._tensor_places = [grads[k].data_ptr() for k in self._tensors]
-        try:
-            references = [None if grad is None else weakref.ref(grad) for grad in grads]
-        except TypeError:  # some objects take no weak references: they are looked at each time
-            return
-        self._reference_ids[:] = [0 if each is None else id(each) for each in references]
-        self._references = references
 
-    def _view(self, k: int, grad: Any, writable: bool) -> DeviceArray:
-        label, param = self._labels[k], self._params[k]
-        found = view(grad, label, writable=writable)
-        check_alike(found, param, label)
-        if found.order != param.order:
-            names = {"C": "C", "F": "Fortran"}
-            raise ValueError(
-                f"{label} must be laid out in {names[param.order]} order, as its parameter is, got"
-                f" {names[found.order]} order"
-            )
-        if found.size and found.device != param.device:
-            raise ValueError(
-                f"{label} must be on CUDA device {param.device}, as its parameter is, got device"
-                f" {found.device}"
-            )
-        return found
+def _is_same(reference: Any, array: Any) -> bool:
+    return isinstance(reference, weakref.ref) and reference() is array

@@ -9,11 +9,11 @@ import math
 from typing import Any
 
 from llvmlite import ir
-from numba.cuda import types
-from numba.cuda.cgutils import get_or_insert_function
+from numba.cuda import libdevice, types
 from numba.cuda.extending import intrinsic
 
 root = math  # whose sqrt is rounded correctly, unless fastmath is asked for
+mul = libdevice.dmul_rn  # in float64: the compiler may fuse other products with additions
 
 # NVPTX's address space of device memory, and the widest access, in bytes.
 _GLOBAL, _WIDEST = 1, 16
@@ -51,21 +51,8 @@ def fma(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def mul(typing_context: Any, a: Any, b: Any) -> Any:
-    """``a*b`` in float64, rounded: the compiler may fuse other products with additions."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        double = ir.DoubleType()
-        kind = ir.FunctionType(double, [double, double])
-        product = get_or_insert_function(builder.module, kind, "llvm.nvvm.mul.rn.d")
-        return builder.call(product, args)
-
-    return types.float64(types.float64, types.float64), codegen
-
-
-@intrinsic  # type: ignore[untyped-decorator]
 def only_if(typing_context: Any, flag: Any, value: Any) -> Any:
-    """Return ``value``, or None where ``flag`` is None, as in `_jit`."""
+    """Return ``value``, or None where ``flag`` is None, as in `cpu.intrinsics`."""
     if isinstance(flag, types.NoneType):
         return types.none(flag, value), _no_value
 
@@ -99,7 +86,9 @@ def load(typing_context: Any, address: Any, index: Any, like: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def store(typing_context: Any, address: Any, index: Any, value: Any) -> Any:
-    """Write element ``index``."""
+    """Write element ``index``; nothing at an address of None."""
+    if isinstance(address, types.NoneType):
+        return types.none(address, index, value), _no_value
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.store(args[2], _pointer(context, builder, args[0], args[1], value))
@@ -134,6 +123,8 @@ def load4(typing_context: Any, address: Any, index: Any, like: Any) -> Any:
 @intrinsic  # type: ignore[untyped-decorator]
 def store4(typing_context: Any, address: Any, index: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
     """Write 4 elements from ``index`` on, in the same manner."""
+    if isinstance(address, types.NoneType):
+        return types.none(address, index, a, b, c, d), _no_value
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         first = _pointer(context, builder, args[0], args[1], a)

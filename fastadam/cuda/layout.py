@@ -6,18 +6,15 @@ ROW_BYTES = 128
 # What a kernel is given the address of: for each dtype a table of these. Addresses, and how
 # long the tables are; of the norm there is a part for each `WARPS` chunks.
 (
-    TENSORS, TENSOR_COUNT, GRADS, ROWS, HYPER, GROUP_COUNT, SCALE, STEP_COUNT, CHUNKS,
-    CHUNK_COUNT, SUMS, MAXIMA, PART_COUNT, IS_DOUBLE, CONTEXT_COUNT,
-) = range(15)  # fmt: skip
+    TENSORS, TENSOR_COUNT, GRADS, ROWS, HYPER, SCALE, STEP_COUNT, CHUNKS, CHUNK_COUNT, SUMS,
+    LARGEST, PART_COUNT, IS_DOUBLE, CONTEXT_COUNT,
+) = range(14)  # fmt: skip
 CONTEXT_SIZE = 16
 
 # The cells of `HYPER`, float64: what the gradients are multiplied by, the norm they are
-# scaled down to, whether a step is skipped that is not finite. Then a table of groups for
-# each count of steps that the host, which does not wait to hear of skipped ones, thinks
-# possible: their number, and the first count, both int64.
-FACTOR, MAX_NORM, MAY_SKIP, TABLE_COUNT, FIRST_COUNT = range(5)
-HYPER_TABLES = 8
+# scaled down to, whether a step is skipped that is not finite. Then the table of groups.
+FACTOR, MAX_NORM, MAY_SKIP, HYPER_GROUPS = range(4)
 
-# The cells of what is told of a step: norm, 1.0 if it was skipped, steps so far.
+# The cells of a step's result: norm, 1.0 if it was skipped, steps so far (int64).
 NORM, SKIPPED, COUNT = range(3)
 RESULT_SIZE = 4

@@ -1,7 +1,9 @@
 """What Numba's CUDA simulator leaves out, over the host's memory: for tests without a device.
 
-A device's address is an address here. Arithmetic is rounded as on a device, the fused
-multiply-add once, so that a simulated step has a real one's bits.
+It stands for `driver` and for `intrinsics`, whose docstrings hold for what has none here. A
+device's address is an address here. Arithmetic is rounded as on a device, the fused
+multiply-add once, so that a simulated step has a real one's bits. There is one device, and
+each call has done its work when it returns: there are no streams and no graphs.
 """
 
 import contextlib
@@ -11,8 +13,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+from numba import cuda
 
 from ..cpu import intrinsics
+from ..state.storage import ALIGNMENT
+
+# Intrinsics.
 
 root = np  # whose sqrt leaves a number its type
 _C_TYPES: dict[type, Any] = {
@@ -34,20 +41,6 @@ def fma(a: Any, b: Any, c: Any) -> Any:
     return kind(_fma()(a, kind(b), kind(c)))
 
 
-class Quiet:
-    """A function whose infinities and NaN are not warned of, as on a device."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-        self.__globals__ = function.__globals__  # where the simulator puts its `cuda`
-        self.__name__ = function.__name__
-
-    def __call__(self, *args: Any) -> Any:
-        """Call it."""
-        with np.errstate(all="ignore"):
-            return self._function(*args)
-
-
 def mul(a: Any, b: Any) -> Any:
     """``a*b``."""
     return a * b
@@ -63,106 +56,92 @@ def only_if(flag: Any, value: Any) -> Any:
     return None if flag is None else value
 
 
-def load(address: Any, index: Any, like: Any) -> Any:
-    """As `_primitives.load`."""
-    if address is None:
-        return None
+def _at(address: Any, index: Any, like: Any) -> Any:
     kind = _C_TYPES[type(like)]
-    place = int(address) + int(index) * ctypes.sizeof(kind)
-    return type(like)(kind.from_address(place).value)
+    return kind.from_address(int(address) + int(index) * ctypes.sizeof(kind))
+
+
+def load(address: Any, index: Any, like: Any) -> Any:
+    """Read an element; None at an address of None."""
+    return None if address is None else type(like)(_at(address, index, like).value)
 
 
 def store(address: Any, index: Any, value: Any) -> None:
-    """As `_primitives.store`."""
-    kind = _C_TYPES[type(value)]
-    place = int(address) + int(index) * ctypes.sizeof(kind)
-    kind.from_address(place).value = value.item()
+    """Write an element; nothing at an address of None."""
+    if address is not None:
+        _at(address, index, value).value = value.item()
 
 
 def load4(address: Any, index: Any, like: Any) -> tuple[Any, ...]:
-    """As `_primitives.load4`, alignment checked."""
-    if address is None:
-        return (None,) * 4
+    """Read 4 elements, alignment checked."""
     _check_aligned(address, index, like)
     return tuple(load(address, index + k, like) for k in range(4))
 
 
 def store4(address: Any, index: Any, *values: Any) -> None:
-    """As `_primitives.store4`, alignment checked."""
+    """Write 4 elements, alignment checked."""
     _check_aligned(address, index, values[0])
     for k, value in enumerate(values):
         store(address, index + k, value)
 
 
 def _check_aligned(address: Any, index: Any, like: Any) -> None:
-    if (int(address) + int(index) * like.itemsize) % 16:
+    if address is not None and (int(address) + int(index) * like.itemsize) % 16:
         raise RuntimeError("misaligned access of 16 bytes")
 
 
-def allocate(size: int) -> Any:
-    """As in `_driver`."""
-    return np.empty(max(size, 1), np.uint8)
+# The driver.
 
 
-def pinned(columns: int, rows: int) -> np.ndarray[Any, Any]:
-    """As in `_driver`."""
-    return np.zeros((rows, columns))
+class _Quiet:
+    """A function whose infinities and NaN are not warned of, as on a device."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self.__globals__ = function.__globals__  # where the simulator puts its `cuda`
+        self.__name__ = function.__name__
+
+    def __call__(self, *args: Any) -> Any:
+        with np.errstate(all="ignore"):
+            return self._function(*args)
 
 
-def load_kernel(compiled: Any) -> None:
-    """Do nothing: there is nothing to link."""
+def compile_kernel(function: Callable[..., Any], signature: Any, bounds: Any) -> Any:
+    """Return what Numba's simulator runs."""
+    return cuda.jit(_Quiet(function))
 
 
-def address_of_buffer(buffer: Any) -> int:
-    """As in `_driver`."""
-    return int(buffer.ctypes.data)
+def compile_inline(function: Callable[..., Any]) -> Any:
+    """Return what Numba's simulator runs inside a kernel."""
+    return cuda.jit(_Quiet(function), device=True)
 
 
-def context(device: int) -> Any:
-    """There is one device."""
-    return contextlib.nullcontext()
-
-
-def clear(address: int, size: int, stream: int) -> None:
-    """As in `_device`."""
-    ctypes.memset(address, 0, size)
-
-
-def copy(target: int, source: int, size: int, stream: int) -> None:
-    """As in `_device`."""
-    ctypes.memmove(target, source, size)
-
-
-upload = download = copy
-
-
-def synchronize(stream: int) -> None:
-    """Do nothing: all is done already."""
-
-
-def is_capturing(stream: int) -> bool:
-    """There are no graphs."""
-    return False
-
-
-def relaxed() -> Any:
-    """There are no graphs."""
-    return contextlib.nullcontext()
-
-
-def launcher(compiled: Any, blocks: int, threads: int, stream: int) -> Any:
-    """As in `_driver`; a kernel here remembers one size only."""
+def launcher(compiled: Any, device: int, blocks: int, threads: int, stream: int) -> Any:
+    """Return what makes, of a kernel's arguments, a call that runs it."""
     return lambda *arguments: lambda: compiled[blocks, threads](*arguments)
 
 
-def side_stream(device: int) -> int:
-    """There is one stream."""
-    return 0
+class Buffer:
+    """Zeros."""
+
+    def __init__(self, size: int) -> None:
+        self._bytes = np.zeros(size + ALIGNMENT, np.uint8)
+        self.address = int(self._bytes.ctypes.data) + -self._bytes.ctypes.data % ALIGNMENT
 
 
-def device_of(address: int) -> int:
-    """There is one device."""
-    return 0
+def pinned(columns: int, rows: int) -> npt.NDArray[np.float64]:
+    """Return zeros."""
+    return np.zeros((rows, columns))
+
+
+def copy(target: int, source: int, size: int, stream: int) -> None:
+    """Copy bytes."""
+    ctypes.memmove(target, source, size)
+
+
+def copy_now(device: int, target: int, source: int, size: int) -> None:
+    """Copy bytes."""
+    ctypes.memmove(target, source, size)
 
 
 def multiprocessors(device: int) -> int:
@@ -170,22 +149,24 @@ def multiprocessors(device: int) -> int:
     return 2
 
 
+def _zero(_: int) -> int:
+    return 0
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+device_of = side_stream = is_capturing = _zero
+load_kernel = synchronize = synchronize_all = _nothing
+context = allowed_in_capture = contextlib.nullcontext
+
+
 class Event:
-    """A point that is reached as soon as it is set."""
+    """A point that is always reached."""
 
-    def record(self, stream: int) -> None:
-        """As in `_device`."""
+    record = block = wait = _nothing
 
-    def recording(self, stream: int) -> Callable[[], object]:
-        """As in `_driver`."""
-        return functools.partial(self.record, stream)
-
-    def hold(self, stream: int) -> None:
-        """As in `_device`."""
-
-    def is_past(self) -> bool:
-        """As in `_device`."""
-        return True
-
-    def wait(self) -> None:
-        """As in `_device`."""
+    def recording(self, *_: int) -> Callable[[], object]:
+        """Return a call that does nothing."""
+        return _nothing

@@ -1,4 +1,4 @@
-"""What stands between the facade and a CUDA device: tables there, and the launches."""
+"""Takes the steps of one optimizer over arrays on a CUDA device: tables there, and launches."""
 
 import contextlib
 import functools
@@ -10,19 +10,25 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..update.result import Outcome, PendingResult, StepResult
+from ..update.result import StepResult
 from ..update.rows import Rows
-from . import kernels, launch, layout
+from ..update.scalars import Scalars
+from . import kernels
+from . import layout as field
+from .compiler import Kernel, driver
+from .context import CAPTURED, EAGER, Context
 from .gradients import Gradients
-from .messages import SLOTS, Mailbox, Results
-from .scalars import MOST_TABLES, DeviceScalars, StepCount
-from .tables import CAPTURED, EAGER, DeviceTables
+from .results import Results
+from .step_count import StepCount
 
 # Blocks for each multiprocessor that are worth halving chunks for, and how often.
 BLOCKS_EACH, MOST_HALVINGS = 8, 3
 
+# What limits a step: `max_grad_norm` and `nonfinite`; None where no norm is asked for.
+Limits = tuple[float | None, str] | None
 
-def take(calls: Iterable[Callable[[], object]]) -> None:
+
+def call_all(calls: Iterable[Callable[[], object]]) -> None:
     """Make all of the calls.
 
     Without a step of Python's between one and the next, where a signal's
@@ -33,9 +39,9 @@ def take(calls: Iterable[Callable[[], object]]) -> None:
     RuntimeError
         If the driver has refused one.
     """
-    for told in list(map(operator.call, calls)):
-        if isinstance(told, tuple) and int(told[0]):  # the driver's own, as numba-cuda has none
-            raise RuntimeError(f"the CUDA driver says {told[0]}")
+    for returned in list(map(operator.call, calls)):
+        if isinstance(returned, tuple) and int(returned[0]):  # of a function of the driver's
+            raise RuntimeError(f"the CUDA driver says {returned[0]}")
 
 
 class Stepper:
@@ -45,7 +51,7 @@ class Stepper:
     ----------
     rows : Rows
         Where parameters and state are.
-    scalars : DeviceScalars
+    scalars : Scalars
         The groups' hyperparameters, read in every step.
     gradients : Gradients
         Notes where the gradients are.
@@ -56,38 +62,25 @@ class Stepper:
     """
 
     def __init__(
-        self,
-        rows: Rows,
-        scalars: DeviceScalars,
-        gradients: Gradients,
-        step_count: int,
-        device: int,
+        self, rows: Rows, scalars: Scalars, gradients: Gradients, step_count: int, device: int
     ) -> None:
         self._scalars, self._gradients, self.device = scalars, gradients, device
-        self.dtypes, self._roles, count = rows.dtypes, rows.roles, len(rows.table)
+        self.dtypes, self._roles = rows.dtypes, rows.roles
         self._doubles = any(dtype.itemsize > 4 for dtype in self.dtypes)
-        self._compiled: set[tuple[bool, str | None]] = set()
-        self._hyper = np.zeros(layout.HYPER_TABLES + MOST_TABLES * scalars.rows.size)
-        with launch.context(device):
-            self._tables = DeviceTables(
-                rows, step_count, len(scalars.rows), self._hyper.size, device
-            )
-            self._hyper_mail, self._grad_mail = Mailbox(self._hyper.size), Mailbox(count)
-            self._results, self._order = Results(device), launch.Event()
-            self._side = launch.side_stream(device)
-            enough = BLOCKS_EACH * launch.multiprocessors(device)
+        self._loaded: set[tuple[bool, str | None]] = set()
+        self._hyper = np.zeros(field.HYPER_GROUPS + scalars.rows.size)
+        with driver.context(device):
+            self._context = Context(rows, step_count, self._hyper.size, device)
+            self._results, self._order = Results(device), driver.Event()
+            self._side = driver.side_stream(device)
+            enough = BLOCKS_EACH * driver.multiprocessors(device)
         self._halvings = [
-            sum(each << k < enough for k in range(MOST_HALVINGS))
-            for each in self._tables.chunk_counts
+            sum(count << k < enough for k in range(MOST_HALVINGS))
+            for count in self._context.chunk_counts
         ]
-        most = max(count, *self._tables.part_counts)
-        threads = kernels.SETTLE_THREADS if most > 256 else 256
-        self._settle_threads = min(threads, launch.MOST_THREADS)
-        self.step_count = StepCount(self, step_count)
-        # What the device has been sent: hyperparameters, addresses; those of the graphs.
-        self._sent_hyper = [b"", b""]
-        self._sent_places = np.zeros(count, dtype=np.int64)
-        self._graph_places = np.zeros(count, dtype=np.int64)
+        self.step_count = StepCount(step_count, self._context, device, gradients.current_stream)
+        # Of the step that was captured last: gradients, and whether it was limited.
+        self._graph_places: npt.NDArray[np.int64] | None = None
         self._graph_limited = False
 
     # What the facade reads and writes.
@@ -95,33 +88,14 @@ class Stepper:
     @property
     def steps(self) -> npt.NDArray[np.int64]:
         """Steps that each parameter has had, in the order of the parameters."""
-        return self._tables.steps
+        return self._context.steps
 
     @steps.setter
     def steps(self, steps: npt.NDArray[np.int64]) -> None:
-        self._tables.steps = steps
+        self._context.steps = steps
 
     def choose_kernels(self) -> None:
         """Do nothing: the driver itself refuses to work in a forked child."""
-
-    @contextlib.contextmanager
-    def asking(self) -> Iterator[None]:
-        """Be where events can be waited for: in any thread, a capture under way or not."""
-        with launch.context(self.device), launch.relaxed():
-            yield
-
-    def is_capturing(self) -> bool:
-        """Whether a step taken now would go into a graph."""
-        with launch.context(self.device):
-            return launch.is_capturing(self._gradients.current_stream())
-
-    def read_count(self) -> int:
-        """Return the device's own count of steps, once all its work is done."""
-        return int(self._tables.read("step_count", 1)[0])
-
-    def write_count(self, count: int) -> None:
-        """Set it."""
-        self._tables.write("step_count", np.array([count]))
 
     # A step.
 
@@ -138,15 +112,15 @@ class Stepper:
         RuntimeError
             If the step goes into a graph that another cannot share the tables with.
         """
-        with launch.context(self.device):
+        with driver.context(self.device):
             self._gradients.take(grads, zero_grad)
-            self._compile(zero_grad, None)
+            self._load_kernels(zero_grad, None)
             number = self.step_count[0]
-            with self._stream(limits=None) as (stream, graph):
-                calls = self._calls(stream, graph, zero_grad, result=0, limited=False)
+            with self._stream(None) as (stream, graph):
+                calls = self._calls(stream, graph, zero_grad)
                 if graph == EAGER:
-                    calls.append(self.step_count.counting(None, may_skip=False))
-                take(calls)
+                    calls.append(self.step_count.counting())
+                call_all(calls)
         return number
 
     def limited_step(
@@ -165,116 +139,88 @@ class Stepper:
         FloatingPointError
             With ``nonfinite="raise"``, which waits for the device.
         """
-        with launch.context(self.device):
+        with driver.context(self.device):
             self._gradients.take(grads, zero_grad)
-            self._compile(zero_grad, nonfinite)
-            limits, lr_of = (max_grad_norm, nonfinite), self._scalars.lr_of()
-            with self._stream(limits) as (stream, graph):
-                self._sum(stream, graph)
+            self._load_kernels(zero_grad, nonfinite)
+            with self._stream((max_grad_norm, nonfinite)) as (stream, graph):
+                self._sum_squares(stream, graph)
                 if graph == CAPTURED:
-                    place = self._results.address(SLOTS)
-                    take(self._calls(stream, graph, zero_grad, place, limited=True))
-                    outcome = Outcome(lambda: self._replayed(lr_of), lasting=False)
+                    place, result = self._results.expect_replays(self._scalars.lr)
+                    call_all(self._calls(stream, graph, zero_grad, place))
                 else:
-                    slot, event, outcome = self._results.expect(lr_of)
-                    place = self._results.address(slot)
+                    place, event, result = self._results.expect(self._scalars.lr)
                     if nonfinite == "raise":
-                        self._settle(stream, graph, place, ask=True)()
+                        self._prepare(stream, graph, place, only_result=True)()
                         event.record(stream)
-                        self._raise_if_skipped(outcome, grads)
-                    calls = self._calls(stream, graph, zero_grad, place, limited=True)
-                    counting = self.step_count.counting(outcome, may_skip=nonfinite == "skip")
-                    take([*calls, event.recording(stream), counting])
-        result: Any = PendingResult(outcome)
-        return result  # type: ignore[no-any-return]
-
-    def _replayed(self, lr_of: Callable[[int], float]) -> StepResult:
-        with launch.context(self.device):
-            launch.synchronize_all()
-            return self._results.read(SLOTS, lr_of)
-
-    def _raise_if_skipped(self, outcome: Outcome, grads: tuple[Any, ...]) -> None:
-        if outcome.resolve().skipped:
-            raise FloatingPointError(
-                self._gradients.nonfinite_message(grads, self._scalars.inverse)
-            )
+                        if result.skipped:
+                            inverse = self._scalars.inverse
+                            message = self._gradients.nonfinite_message(grads, inverse)
+                            raise FloatingPointError(message)
+                    calls = self._calls(stream, graph, zero_grad, place)
+                    may_skip = nonfinite == "skip"
+                    counting = self.step_count.counting(result, may_skip=may_skip)
+                    call_all([*calls, event.recording(stream), counting])
+        return result  # type: ignore[return-value]
 
     @contextlib.contextmanager
-    def _stream(self, limits: Any) -> Iterator[tuple[int, int]]:
-        """Bring the device's tables up to date; wait, on the device, for who else works there."""
+    def _stream(self, limits: Limits) -> Iterator[tuple[int, int]]:
+        """Bring the device's tables up to date; wait, on the device, for who else works there.
+
+        Gives the stream of the step, and whether it is captured.
+        """
         stream = self._gradients.current_stream()
         named = {visitor() for visitor in self._gradients.visitors}
-        graph = CAPTURED if launch.is_capturing(stream) else EAGER
+        graph = CAPTURED if driver.is_capturing(stream) else EAGER
         # An array that names no stream may be used in the default one, but not in a graph.
         others = {each or 0 for each in named if each is not None or graph == EAGER} - {stream}
         if graph == CAPTURED:
-            self._check_graph(limits)
-            if others:
-                raise RuntimeError(
-                    "a step in a CUDA graph needs parameters and gradients whose libraries work"
-                    " on the one stream that is captured"
-                )
-            with launch.relaxed():
+            self._check_graph(limits, others)
+            with driver.allowed_in_capture():
                 self._send_for_graph(limits)
         else:
             for other in others:
                 self._order.record(other)
-                self._order.hold(stream)
-            self._send(limits, stream)
+                self._order.block(stream)
+            self._send_hyper(limits, stream, EAGER)
+            self._context.send(f"grads{EAGER}", self._gradients.places, stream)
         yield stream, graph
         for other in others:
             self._order.record(stream)
-            self._order.hold(other)
+            self._order.block(other)
 
-    def _check_graph(self, limits: Any) -> None:
+    def _check_graph(self, limits: Limits, others: set[int]) -> None:
         if limits is not None and limits[1] == "raise":
             raise RuntimeError("nonfinite='raise' waits for the device: not in a CUDA graph")
-        self._graph_limited = limits is not None
-        if self.step_count.replayed and not np.array_equal(
-            self._graph_places, self._gradients.places
-        ):
+        first = self._graph_places
+        if first is not None and not np.array_equal(first, self._gradients.places):
             raise RuntimeError(
                 "gradients must lie, for every CUDA graph that has a step of this optimizer,"
                 " where they lay for the first"
             )
+        if others:
+            raise RuntimeError(
+                "a step in a CUDA graph needs parameters and gradients whose libraries work"
+                " on the one stream that is captured"
+            )
 
-    def _send(self, limits: Any, stream: int) -> None:
-        """Send hyperparameters and the gradients' addresses, if they are not there already."""
-        self._send_hyper(limits, stream, EAGER)
-        places = self._gradients.places
-        if self._sent_places is not places:
-            if not np.array_equal(self._sent_places, places):
-                self._grad_mail.send(places, self._tables.places["grads0"], stream)
-            self._sent_places = places
-
-    def _send_for_graph(self, limits: Any) -> None:
-        """Do the same at once, not when the graph is replayed."""
+    def _send_for_graph(self, limits: Limits) -> None:
+        """Send what a graph reads at once, and not when it is replayed."""
         self._send_hyper(limits, self._side, CAPTURED)
-        if not self.step_count.replayed:
-            self._graph_places = self._gradients.places.copy()
-            self._grad_mail.send(self._graph_places, self._tables.places["grads1"], self._side)
-        self.step_count.replayed = True
-        launch.synchronize(self._side)
+        self._context.send(f"grads{CAPTURED}", self._gradients.places, self._side)
+        self._graph_places = self._gradients.places.copy()
+        self._graph_limited = limits is not None
+        self.step_count.in_graph = True
+        driver.synchronize(self._side)
 
-    def _send_hyper(self, limits: Any, stream: int, graph: int) -> None:
-        scalars, start = self._scalars, layout.HYPER_TABLES
-        size = scalars.rows.size
-        words = self._hyper[: start + len(scalars.tables) * size]
-        for k, table in enumerate(scalars.tables):
-            words[start + k * size : start + (k + 1) * size] = table.reshape(-1)
-        counts = words.view(np.int64)
-        counts[layout.TABLE_COUNT] = len(scalars.tables)
-        counts[layout.FIRST_COUNT] = scalars.first
+    def _send_hyper(self, limits: Limits, stream: int, graph: int) -> None:
+        words = self._hyper
+        words[field.HYPER_GROUPS :] = self._scalars.rows.reshape(-1)
         if limits is not None:
             max_grad_norm, nonfinite = limits
-            words[layout.FACTOR] = scalars.inverse
-            words[layout.MAX_NORM] = math.inf if max_grad_norm is None else max_grad_norm
-            words[layout.MAY_SKIP] = nonfinite != "propagate"
-        image = words.tobytes()
-        if image != self._sent_hyper[graph]:
-            self._sent_hyper[graph] = b""  # until it is on its way
-            self._hyper_mail.send(words, self._tables.places[f"hyper{graph}"], stream)
-            self._sent_hyper[graph] = image
+            words[field.FACTOR] = self._scalars.inverse
+            words[field.MAX_NORM] = math.inf if max_grad_norm is None else max_grad_norm
+            words[field.MAY_SKIP] = nonfinite != "propagate"
+        self._context.send(f"hyper{graph}", words, stream)
 
     def prepare_replay(self, max_grad_norm: float | None, nonfinite: str) -> None:
         """Bring the hyperparameters that a graph reads up to date.
@@ -284,79 +230,83 @@ class Stepper:
         RuntimeError
             If what the graph has been captured for is not what is asked for now.
         """
-        if not self.step_count.replayed:
+        if self._graph_places is None:
             raise RuntimeError("prepare_replay needs a step in a CUDA graph, got none captured")
         limited = max_grad_norm is not None or nonfinite != "propagate"
         if self._graph_limited != limited:
             raise RuntimeError(
                 "max_grad_norm and nonfinite must be on or off as when the CUDA graph was captured"
             )
-        with launch.context(self.device):
+        with driver.context(self.device):
             limits = (max_grad_norm, nonfinite) if limited else None
             self._send_hyper(limits, self._gradients.current_stream(), CAPTURED)
 
-    def _sum(self, stream: int, graph: int) -> None:
+    def _sum_squares(self, stream: int, graph: int) -> None:
         """Start what sums the squares of the gradients."""
         for again in (False, True) if self._doubles else (False,):
             if again:  # squares of float64 may be out of range, which others' are not
-                self._settle(stream, graph, 0, measure=True)()
+                self._prepare(stream, graph, 0, only_scale=True)()
             for k, dtype in enumerate(self.dtypes):
-                context, parts = self._tables.context(graph, k), self._tables.part_counts[k]
-                kernel = kernels.sum_kernel(dtype)
-                kernel.call(self.device, parts, kernels.SUM_THREADS, stream, context, again)()
+                parts, place = self._context.part_counts[k], self._context.address(graph, k)
+                if parts:
+                    kernel, threads = kernels.sum_kernel(dtype), kernels.SUM_THREADS
+                    kernel.call(self.device, parts, threads, stream, place, again)()
 
-    def _settle(
+    def _prepare(
         self, stream: int, graph: int, result: int, *, limited: bool = True, **part: bool
     ) -> Callable[[], object]:
-        kernel = kernels.settle_kernel(limited=limited, **part)
-        first = self._tables.context(graph, 0)
-        return kernel.call(self.device, 1, self._settle_threads, stream, first, result)
+        """Return the call that decides, and prepares the scalars; ``result`` may be 0."""
+        kernel = kernels.prepare_kernel(limited=limited, **part)
+        place, threads = self._context.address(graph, 0), kernels.PREPARE_THREADS
+        return kernel.call(self.device, 1, threads, stream, place, result)
 
     def _calls(
-        self, stream: int, graph: int, zero_grad: bool, result: int, *, limited: bool
+        self, stream: int, graph: int, zero_grad: bool, result: int = 0
     ) -> list[Callable[[], object]]:
-        """Return the calls that take the step, to be made all or none of them."""
-        calls = [self._settle(stream, graph, result, limited=limited)]
+        """Return the calls that take the step, to be made all or none of them.
+
+        ``result`` is where the device writes the step's result; 0 if no norm is needed.
+        """
+        calls = [self._prepare(stream, graph, result, limited=bool(result))]
         for k, kernel in enumerate(self._update_kernels(zero_grad)):
-            halvings, context = self._halvings[k], self._tables.context(graph, k)
-            blocks = self._tables.chunk_counts[k] << halvings
+            halvings, place = self._halvings[k], self._context.address(graph, k)
+            blocks = self._context.chunk_counts[k] << halvings
             threads = kernels.update_threads(self.dtypes[k])
-            calls.append(kernel.call(self.device, blocks, threads, stream, context, halvings))
+            if blocks:
+                calls.append(kernel.call(self.device, blocks, threads, stream, place, halvings))
         return calls
 
-    def _update_kernels(self, zero_grad: bool) -> list[launch.Kernel]:
+    # Kernels.
+
+    def _update_kernels(self, zero_grad: bool) -> list[Kernel]:
         return [
             kernels.update_kernel(dtype, roles=self._roles, zero_grad=zero_grad)
             for dtype in self.dtypes
         ]
 
-    def _kernels(self, nonfinite: str | None) -> list[launch.Kernel]:
-        """Return all beside the update; ``nonfinite`` is None where no norm is asked for."""
-        needed = [kernels.settle_kernel(limited=nonfinite is not None)]
-        if nonfinite is not None:
+    def _kernels(self, zero_grad: bool, nonfinite: str | None) -> list[Kernel]:
+        """Return all that a step needs; ``nonfinite`` is None where no norm is asked for."""
+        limited = nonfinite is not None
+        needed = [*self._update_kernels(zero_grad), kernels.prepare_kernel(limited=limited)]
+        if limited:
             needed += [kernels.sum_kernel(dtype) for dtype in self.dtypes]
             if self._doubles:
-                needed.append(kernels.settle_kernel(limited=True, measure=True))
+                needed.append(kernels.prepare_kernel(limited=True, only_scale=True))
         if nonfinite == "raise":
-            needed.append(kernels.settle_kernel(limited=True, ask=True))
+            needed.append(kernels.prepare_kernel(limited=True, only_result=True))
         return needed
 
-    def _compile(self, zero_grad: bool, nonfinite: str | None) -> None:
+    def _load_kernels(self, zero_grad: bool, nonfinite: str | None) -> None:
         """Compile what a step needs: what can fail must do so before anything is started."""
-        if (zero_grad, nonfinite) not in self._compiled:
-            for kernel in self._update_kernels(zero_grad) + self._kernels(nonfinite):
-                kernel.prepare()
-            self._compiled.add((zero_grad, nonfinite))
+        if (zero_grad, nonfinite) not in self._loaded:
+            for kernel in self._kernels(zero_grad, nonfinite):
+                kernel.load(self.device)
+            self._loaded.add((zero_grad, nonfinite))
 
     def compilations(self, nonfinite: str | None) -> list[Callable[[], object]]:
         """Return calls that each compile a kernel of the steps to come.
 
         ``nonfinite`` is None where no norm is asked for.
         """
-        updates = self._update_kernels(False) + self._update_kernels(True)
-        needed = updates + self._kernels(nonfinite)
-        return [functools.partial(self._prepare, kernel) for kernel in needed]
-
-    def _prepare(self, kernel: launch.Kernel) -> None:
-        with launch.context(self.device):
-            kernel.prepare()
+        needed = self._kernels(False, nonfinite) + self._kernels(True, nonfinite)
+        return [functools.partial(kernel.load, self.device) for kernel in dict.fromkeys(needed)]

@@ -60,7 +60,8 @@ class Scalars:
     ) -> float:
         """Bring the rows up to date; return the first group's learning rate.
 
-        ``step_count``, of length 1, holds what the schedule is asked for.
+        ``step_count``, of length 1, holds what the schedule is asked for. It is not read
+        without a schedule: a CUDA device may have to be waited for.
 
         Raises
         ------
@@ -78,10 +79,10 @@ class Scalars:
             if options.touched:
                 self._made_for = None
         if self._made_for != (factor, inverse):
-            self._make(factor, inverse, int(step_count[0]))
+            self._make(factor, inverse, step_count)
         return self.lr
 
-    def _make(self, factor: float, inverse: float, step: int) -> None:
+    def _make(self, factor: float, inverse: float, step_count: Any) -> None:
         self._made_for = None  # until all rows are done
         for k, options in enumerate(self._options):
             if options.touched:
@@ -94,8 +95,9 @@ class Scalars:
             lr = self._lrs[k] * factor
             if not lr <= self._largest_lr[k]:
                 raise ValueError(
-                    f"lr * schedule({step}) must not exceed {self._largest_lr[k]:.4g}, where"
-                    f" steps become infinite in the parameters' dtype, got {lr!r}"
+                    f"lr * schedule({int(step_count[0])}) must not exceed"
+                    f" {self._largest_lr[k]:.4g}, where steps become infinite in the parameters'"
+                    f" dtype, got {lr!r}"
                 )
             self.rows[k, LR] = lr
             self.rows[k, GRAD_FACTOR] = inverse * self._signs[k]

@@ -151,8 +151,8 @@ def test_no_numba_cuda(capsys, monkeypatch, optional):
         return None if name == "numba_cuda" else real(name, *rest)
 
     monkeypatch.setattr(importlib.util, "find_spec", find_spec)
-    monkeypatch.delitem(sys.modules, "fastadam.cuda.launch", raising=False)
-    monkeypatch.delattr("fastadam.cuda.launch", raising=False)
+    monkeypatch.delitem(sys.modules, "fastadam.cuda.compiler", raising=False)
+    monkeypatch.delattr("fastadam.cuda.compiler", raising=False)
     status, out, err = run_cli(capsys)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert "got none: arrays on a CUDA device need numba-cuda: pip install" in err
@@ -325,15 +325,20 @@ def test_torch_without_a_device(optional):
 
 
 def test_the_copy_moves_what_a_step_moves(monkeypatch):
-    device = types.SimpleNamespace(
-        allocate=bytearray, address_of_buffer=id, clear=lambda *_: None, copy=lambda *a: a
-    )
-    monkeypatch.setattr(contenders, "cuda_backend", lambda: device)
+    copied = []
+
+    def buffer(size):
+        return types.SimpleNamespace(address=size)
+
+    driver = types.SimpleNamespace(Buffer=buffer, copy=lambda *a: copied.append(a))
+    backend = types.SimpleNamespace(driver=driver)
+    monkeypatch.setattr(contenders, "cuda_backend", lambda: backend)
     for dtype, tail, nbytes in [("float32", False, 14), ("float64", True, 44)]:
         params, grads = w.draw([(10, 10)], dtype)
         contender = contenders.DeviceCopy(params, grads, tail, "cuda")
         assert contender.nbytes == 100 * nbytes
-        assert all(len(buffer) == 100 * nbytes for buffer in contender._buffers)
+        contender.step()
+        assert copied.pop() == (100 * nbytes, 100 * nbytes, 100 * nbytes, 0)
         assert contender.clears_grads == tail
         contender.refill()
 

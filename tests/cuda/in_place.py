@@ -10,6 +10,7 @@ from unittest import mock
 
 import numpy as np
 from cuda.bindings import driver as real
+from numba import cuda
 from numba.cuda.cudadrv.driver import CudaAPIError
 from ptx import Program
 
@@ -77,7 +78,7 @@ def in_place(driver, program_of=program_of):
     """Let fastadam work with a driver, and with no other."""
     device = Device(driver)
 
-    def launcher(compiled, blocks, threads, stream):
+    def launcher(compiled, _, blocks, threads, stream):
         program = program_of(compiled, driver.capability)
 
         def launch(*arguments):
@@ -96,12 +97,9 @@ def in_place(driver, program_of=program_of):
             "_free": free_if_used,
             "binding": Binding(driver),
             "driver": Raising(driver),
-            "cuda": SimpleNamespace(gpus={driver.number: device}),
-        },
-        "fastadam.cuda.launch": {
+            "cuda": SimpleNamespace(gpus={driver.number: device}, jit=cuda.jit),
             "launcher": launcher,
             "load_kernel": lambda compiled: program_of(compiled, driver.capability),
-            "synchronize_all": Raising(driver).cuCtxSynchronize,
         },
         "numba.cuda.dispatcher": {"get_current_device": lambda: device},
         "numba.cuda.dispatcher._Kernel": {"bind": lambda _: None},

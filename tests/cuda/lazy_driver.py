@@ -179,6 +179,13 @@ class Driver:
 
         self._submit(stream, fill)
 
+    def cuMemcpyAsync(self, target, source, size, stream):
+        """Copy, from and to wherever the addresses are."""
+        if target in self.memory:
+            self.cuMemcpyHtoDAsync(target, source, size, stream)
+        else:
+            self.cuMemcpyDtoHAsync(target, source, size, stream)
+
     def cuMemcpyDtoDAsync(self, target, source, size, stream):
         self._submit(stream, functools.partial(self._move, target, source, size))
 

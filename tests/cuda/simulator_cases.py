@@ -15,7 +15,6 @@ import math
 import pickle
 import signal
 import sys
-import threading
 import types
 import weakref
 from itertools import cycle
@@ -28,9 +27,9 @@ from oracle import Reference, clip_coefficient, global_norm
 
 import fastadam
 from fastadam import StepResult
-from fastadam.cuda import backend, kernels, launch, messages, stepper
+from fastadam.cuda import backend, compiler, kernels, results, stepper
 from fastadam.cuda.arrays import DeviceArray, current_stream, view
-from fastadam.cuda.launch import cuda
+from fastadam.cuda.compiler import cuda, intrinsics
 
 assert config.ENABLE_CUDASIM, "NUMBA_ENABLE_CUDASIM=1 must be set"
 
@@ -301,7 +300,8 @@ def test_no_arrays_or_only_empty_ones():
 
 def test_as_many_threads_as_on_a_device(rng, monkeypatch):
     """8 warps to a block of the sum, and other loops than those that 8 threads take."""
-    monkeypatch.setattr(launch, "MOST_THREADS", 40)
+    monkeypatch.setattr(kernels, "MAX_THREADS", 40)
+    monkeypatch.setattr(kernels, "PREPARE_THREADS", 40)
     monkeypatch.setattr(kernels, "WARPS", 8)
     monkeypatch.setattr(kernels, "SUM_THREADS", 256)
     kernels.sum_kernel.cache_clear()
@@ -356,15 +356,15 @@ def test_pairs_of_parts(rng, monkeypatch, count):
 
 def run_reduce(parts, find_largest):
     def kernel(place, count, target, largest):
-        values = cuda.shared.array(kernels.SEGMENT, launch.float64)
-        waiting = cuda.shared.array(16, launch.float64)
-        result = kernels.reduce(place, count, values, waiting, largest)
+        values = cuda.shared.array(kernels.SEGMENT, kernels.float64)
+        waiting = cuda.shared.array(16, kernels.float64)
+        result = kernels.combine_all(place, count, values, waiting, largest)
         if cuda.threadIdx.x == 1:  # not only the first knows
-            launch.store(target, 0, result)
+            intrinsics.store(target, 0, result)
 
     result = np.zeros(1)
     arguments = [parts.ctypes.data, len(parts), result.ctypes.data, find_largest]
-    launch.Kernel(kernel, 4, 8).call(0, 1, 3, 0, *arguments)()
+    compiler.Kernel(kernel, 8).call(0, 1, 3, 0, *arguments)()
     return result[0]
 
 
@@ -490,7 +490,7 @@ def test_steps_number_again_after_a_skip():
 @pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
 def test_results_outlive_their_slots(rng, monkeypatch, nonfinite):
     """Those kept are right, however many steps have followed, and those let go do no harm."""
-    monkeypatch.setattr(messages, "SLOTS", 4)
+    monkeypatch.setattr(results, "SLOTS", 4)
     twins = Twins(np.ones(5, "f4"), max_grad_norm=1.0, nonfinite=nonfinite)
     grads = draws(rng, [5] * 11)
     grads[6][2] = np.nan
@@ -505,26 +505,6 @@ def test_results_outlive_their_slots(rng, monkeypatch, nonfinite):
     check_same([twins.device], [twins.host])
 
 
-def test_many_steps_go_round_the_slots(rng, monkeypatch):
-    """Hyperparameters, gradients' addresses and results each have only so many on their way."""
-    monkeypatch.setattr(messages, "SLOTS", 8)
-    monkeypatch.setattr(stepper, "MOST_HALVINGS", 0)
-    twins = Twins(np.ones(3, "f4"))
-    grads = draws(rng, [3] * 20)
-    for k, grad in enumerate(grads):
-        twins.cpu.lr = twins.cuda.lr = 0.01 + k / 1000
-        twins.cuda.step(InterfaceArray(placed(grad)))
-        twins.cpu.step(grad)
-    twins.check()
-    twins.cuda.max_grad_norm = twins.cpu.max_grad_norm = 1.0
-    kept, expected = [], []
-    for grad in grads:
-        kept.append(twins.cuda.step(InterfaceArray(grad)))
-        expected.append(twins.cpu.step(grad))
-    assert kept == expected
-    twins.check()
-
-
 @pytest.fixture
 def result():
     opt = fastadam.Adam(InterfaceArray(np.zeros(2)), lr=0.1, max_grad_norm=1.0)
@@ -536,7 +516,8 @@ class TestResult:
 
     def test_is_a_step_result(self, result):
         assert isinstance(result, StepResult)
-        assert isinstance(result, tuple)
+        assert issubclass(type(result), StepResult)
+        assert not isinstance(result, tuple)  # C code would read its items too early
         assert repr(result) == str(result) == repr(self.EXPECTED)
         assert (result.step, result.lr, result.grad_norm, result.skipped) == self.EXPECTED
 
@@ -908,6 +889,19 @@ def test_read_only_gradients_are_good_to_read():
     assert grad.all()
 
 
+def test_gradients_are_looked_at_once(monkeypatch):
+    """In steps that only read them too, after one that wrote to them."""
+    twins = Twins([np.ones(3), np.ones(4, "f4")])
+    grads = [InterfaceArray(np.ones(3)), InterfaceArray(np.ones(4, "f4"))]
+    twins.cuda.step(grads, zero_grad=True)
+    monkeypatch.setattr("fastadam.cuda.gradients.view", None)
+    for zero_grad in (False, True, False):
+        twins.cuda.step(grads, zero_grad=zero_grad)
+    with pytest.raises(TypeError):
+        twins.cuda.step([grads[0], InterfaceArray(np.ones(4, "f4"))])
+    assert twins.cuda.step_count == 4
+
+
 def test_gradient_order():
     opt = fastadam.Adam(InterfaceArray(np.ones((2, 3), order="F")))
     with pytest.raises(ValueError, match=r"^grads must be laid out in Fortran order, .* C order$"):
@@ -948,7 +942,7 @@ def test_bad_hyperparameters_change_nothing():
     twins.check()
 
 
-# Compiling, and graphs.
+# Compiling.
 
 
 @pytest.mark.parametrize("limits", [{}, {"max_grad_norm": 1.0}], ids=["plain", "limited"])
@@ -960,132 +954,6 @@ def test_compile(limits):
     assert twins.cuda.step_count == 0
     twins.check()
     twins.step([np.ones(3), np.ones(4, "f4")])
-
-
-class Graph:
-    """Remembers launches in the place of making them, as a stream that is being captured."""
-
-    def __init__(self, monkeypatch):
-        self.monkeypatch, self.launches = monkeypatch, []
-
-    def __enter__(self):
-        self.patch = pytest.MonkeyPatch()
-
-        def remember(kernel, *arguments):
-            return lambda: self.launches.append((kernel, arguments))
-
-        self.call = launch.Kernel.call
-        self.patch.setattr(launch.Kernel, "call", remember)
-        self.patch.setattr(launch, "is_capturing", lambda _: True)
-        return self
-
-    def __exit__(self, *_):
-        self.patch.undo()
-
-    def replay(self):
-        for kernel, arguments in self.launches:
-            self.call(kernel, *arguments)()
-
-
-@pytest.mark.parametrize("limits", [{}, {"max_grad_norm": 1.0, "nonfinite": "skip"}])
-def test_graph(rng, monkeypatch, limits):
-    """Steps that are replayed, between steps that are not."""
-    twins = Twins([np.ones(3), np.ones(4, "f4")], schedule=fastadam.schedules.cosine(20), **limits)
-    grads = [np.ones(3), np.ones(4, "f4")]
-    wrapped = each(InterfaceArray, grads)
-    with pytest.raises(RuntimeError, match="prepare_replay needs a step in a CUDA graph, got non"):
-        twins.cuda.prepare_replay()
-    twins.step([np.ones(3), np.ones(4, "f4")])
-    with Graph(monkeypatch) as graph:
-        result = twins.cuda.step(wrapped, zero_grad=True)
-    check_same(twins.device, twins.host)
-    assert twins.cuda.step_count == 1
-    for replay in range(5):
-        for grad in grads:
-            grad[...] = rng.standard_normal(grad.size)
-        if limits and replay == 3:
-            grads[1][2] = np.nan
-        if replay == 2:
-            twins.cuda.lr = twins.cpu.lr = 0.5
-        told = twins.cpu.step(each(placed, grads), grad_scale=2.0)
-        twins.cuda.prepare_replay(grad_scale=2.0)
-        graph.replay()
-        assert not grads[0].any()
-        check_same(twins.device, twins.host)
-        assert twins.cuda.step_count == twins.cpu.step_count
-        if limits:
-            assert repr(result.grad_norm) == repr(told.grad_norm)
-            assert (result.step, result.skipped) == (told.step, told.skipped)
-        if replay == 1:
-            twins.step([np.full(3, 2.0), None])
-    twins.check()
-    twins.step([None, np.ones(4, "f4")])
-    twins.check()
-
-
-def test_what_a_graph_cannot_be(monkeypatch):
-    twins = Twins([np.ones(3)], nonfinite="raise")
-    grad = InterfaceArray(np.ones(3))
-    with (
-        Graph(monkeypatch) as graph,
-        pytest.raises(RuntimeError, match="nonfinite='raise' waits for the device"),
-    ):
-        twins.cuda.step([grad])
-    assert not graph.launches
-    twins.cuda.nonfinite = "propagate"
-    with Graph(monkeypatch) as graph:
-        twins.cuda.step([grad])
-    assert graph.launches
-    with (
-        Graph(monkeypatch) as other,
-        pytest.raises(RuntimeError, match="gradients must lie, for every CUDA graph"),
-    ):
-        twins.cuda.step([InterfaceArray(np.ones(3))])
-    assert not other.launches
-    with Graph(monkeypatch) as other:
-        twins.cuda.step([grad])
-    assert len(other.launches) == len(graph.launches)
-    twins.cuda.max_grad_norm = 1.0
-    with pytest.raises(RuntimeError, match="must be on or off as when the CUDA graph was captur"):
-        twins.cuda.prepare_replay()
-    assert twins.cuda.step_count == 0
-    with pytest.raises(RuntimeError, match="needs parameters on a CUDA device, got NumPy arrays"):
-        twins.cpu.prepare_replay()
-
-
-@pytest.fixture
-def waits(monkeypatch):
-    """Which streams are waited for, and which wait, in order."""
-    noted = []
-    for name in ("record", "hold"):
-
-        def note(_, stream, name=name):
-            noted.append((name, stream))
-
-        monkeypatch.setattr(launch.Event, name, note)
-    return noted
-
-
-def test_a_stream_that_is_not_named(monkeypatch, waits):
-    """It may be the default one; but a graph need not wait for it."""
-    opt = fastadam.Adam(InterfaceArray(np.ones(3), stream=5))
-    array = np.ones(3)
-    grad, other = InterfaceArray(array), InterfaceArray(array, stream=7)
-    opt.step(grad)
-    # Between these, what has been sent is noted.
-    assert waits[:2] + waits[-2:] == [("record", 0), ("hold", 5), ("record", 5), ("hold", 0)]
-    waits.clear()
-    with Graph(monkeypatch) as graph:
-        opt.step(grad)
-    assert graph.launches
-    assert not [each for each in waits if each[0] == "hold"]
-    with (
-        Graph(monkeypatch) as refused,
-        pytest.raises(RuntimeError, match="a step in a CUDA graph needs parameters and gradients"),
-    ):
-        opt.step(other)
-    assert not refused.launches
-    assert opt.step_count == 1
 
 
 def test_repr():
@@ -1101,7 +969,7 @@ def test_a_signal_does_not_come_between_the_calls_of_a_step():
     done = []
     calls = [_thread.interrupt_main, functools.partial(done.append, 1)]
     with pytest.raises(KeyboardInterrupt):
-        stepper.take(calls)
+        stepper.call_all(calls)
     assert done == [1]
 
 
@@ -1109,11 +977,11 @@ def test_what_cannot_be_compiled_changes_nothing(rng, monkeypatch):
     twins = Twins(np.ones(5, "f4"), max_grad_norm=1.0)
     twins.step(draws(rng, [5])[0])
 
-    def refuse(kernel):
+    def refuse(kernel, _):
         if kernel.function.__name__ == "update":
             raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(launch.Kernel, "prepare", refuse)
+    monkeypatch.setattr(compiler.Kernel, "load", refuse)
     with pytest.raises(RuntimeError, match="no compiler"):
         twins.cuda.step(InterfaceArray(np.ones(5, "f4")), zero_grad=True)
     twins.check()
@@ -1127,26 +995,6 @@ def test_steps_are_counted_though_skipping_is_switched_off(rng):
         twins.step(draws(rng, [5])[0])
     assert twins.cuda.step_count == twins.cuda.state[0]["step"] == 4
     twins.check()
-
-
-def test_the_count_can_be_asked_for_in_any_thread(monkeypatch):
-    monkeypatch.setattr(launch.Event, "is_past", lambda _: False)
-    monkeypatch.setattr(stepper, "MOST_HALVINGS", 0)
-    twins = Twins(np.ones(1, "f4"), nonfinite="skip")
-    counts, done = [], threading.Event()
-
-    def ask():
-        while not done.is_set():
-            counts.append(twins.cuda.step_count)
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    for _ in range(12):
-        twins.cuda.step(InterfaceArray(np.ones(1, "f4")))
-    done.set()
-    thread.join()
-    assert twins.cuda.step_count == 12
-    assert counts == sorted(counts)
 
 
 def test_an_optimizer_goes_with_its_last_reference():

@@ -22,10 +22,11 @@ import pytest
 pytest.importorskip("numba_cuda", exc_type=ImportError)
 nvjitlink = pytest.importorskip("cuda.bindings.nvjitlink", exc_type=ImportError)
 
-from fastadam.cuda import kernels, launch  # noqa: E402
-from fastadam.cuda.launch import cuda, load4, store4  # noqa: E402
+from fastadam.cuda import compiler, kernels  # noqa: E402
+from fastadam.cuda.compiler import cuda  # noqa: E402
+from fastadam.cuda.intrinsics import load4, store4  # noqa: E402
 
-pytestmark = pytest.mark.skipif(launch.SIMULATED, reason="reads what is compiled")
+pytestmark = pytest.mark.skipif(compiler.SIMULATED, reason="reads what is compiled")
 
 F4, F8 = np.dtype("f4"), np.dtype("f8")
 # What numba-cuda compiles for, on an A100 and on an H100.
@@ -51,9 +52,9 @@ KERNELS = {
     **{f"update {t.name} {'+'.join(on)}": update_kernel(t, on)
        for t in (F4, F8) for on in ((), OPTIONS)},
     **{f"sum {t.name}": kernels.sum_kernel(t) for t in (F4, F8)},
-    "settle": kernels.settle_kernel(limited=False),
-    "settle limited": kernels.settle_kernel(limited=True),
-    "settle measure": kernels.settle_kernel(limited=True, measure=True),
+    "prepare": kernels.prepare_kernel(limited=False),
+    "prepare limited": kernels.prepare_kernel(limited=True),
+    "prepare scale": kernels.prepare_kernel(limited=True, only_scale=True),
 }  # fmt: skip
 
 
@@ -198,7 +199,7 @@ def test_machine_code_needs_no_memory_of_its_own(name, cc):
             assert target, line
             divisions += target[1] in ("div_s64", "div_u64")
     # To know how often an unrolled loop goes round, none of them inside a loop over elements.
-    if not name.startswith("settle"):
+    if not name.startswith("prepare"):
         assert divisions <= (BRANCHES if name.startswith("update") else 1)
 
 
@@ -306,7 +307,7 @@ def test_accesses_of_16_bytes(dtype, on, cc):
     assert 0 < tables <= 45
 
 
-# The sum, and what settles.
+# The sum, and what prepares the step.
 
 
 @CAPABILITIES
@@ -326,12 +327,12 @@ def test_sum_is_in_float64(dtype, cc):
     assert opcodes("LDG[\\w.]*", loop[: first.start()]) >= 4  # on their way at once
 
 
-SETTLES = [("settle", 0), ("settle limited", 1)]
+PREPARES = [("prepare", 0), ("prepare limited", 1)]
 
 
 @CAPABILITIES
-@pytest.mark.parametrize(("name", "limited"), SETTLES)
-def test_settle_has_the_formula_s_arithmetic(name, limited, cc):
+@pytest.mark.parametrize(("name", "limited"), PREPARES)
+def test_prepare_has_the_formula_s_arithmetic(name, limited, cc):
     """The bias corrections are differences that any other rounding would spoil."""
     text = ptx(KERNELS[name], cc)
     powers = 2  # of beta1, beta2: each has 2 fma in the product, 2 in the square
@@ -350,9 +351,9 @@ def test_settle_has_the_formula_s_arithmetic(name, limited, cc):
 
 
 @CAPABILITIES
-@pytest.mark.parametrize("name", ["settle", "settle limited", "settle measure"])
-def test_settle_fits_a_multiprocessor(name, cc):
-    assert machine_code(KERNELS[name], cc)[1]["REG"] * kernels.SETTLE_THREADS <= 65_536
+@pytest.mark.parametrize("name", ["prepare", "prepare limited", "prepare scale"])
+def test_prepare_fits_a_multiprocessor(name, cc):
+    assert machine_code(KERNELS[name], cc)[1]["REG"] * kernels.PREPARE_THREADS <= 65_536
 
 
 # What is to come.
@@ -369,7 +370,7 @@ HALF = np.float16(0)
 @CAPABILITIES
 def test_primitives_take_float16(cc):
     """4 elements in one access of 8 bytes."""
-    kernel = launch.Kernel(copy4, 2, 32, HALF=np.float16(0))
+    kernel = compiler.Kernel(copy4, 32, HALF=np.float16(0))
     sass, _ = machine_code(kernel, cc)
     assert opcodes(r"LDG\.E\.64(?:\.\w+)*", sass) == opcodes(r"LDG[\w.]*", sass) == 1
     assert opcodes(r"STG\.E\.64(?:\.\w+)*", sass) == opcodes(r"STG[\w.]*", sass) == 1

@@ -1,5 +1,6 @@
 """What the CUDA backend asks of the driver and of numba-cuda, with a driver that is a stub."""
 
+import contextlib
 import ctypes
 import functools
 import gc
@@ -12,10 +13,10 @@ import pytest
 pytest.importorskip("numba_cuda", exc_type=ImportError)
 pytest.importorskip("cuda.bindings.nvjitlink", exc_type=ImportError)
 
-from fastadam.cuda import kernels, launch
+from fastadam.cuda import compiler, kernels
 from fastadam.cuda.arrays import current_stream, stream_source, view
 
-if launch.SIMULATED:
+if compiler.SIMULATED:
     pytest.skip("the simulator has no driver", allow_module_level=True)
 
 from cuda.bindings import driver as real
@@ -128,9 +129,14 @@ def test_a_buffer_is_freed_as_soon_as_it_goes(pretend):
     binding = pretend(
         cuMemAlloc=(OK, 4096), cuCtxGetCurrent=(OK, 77), cuThreadExchangeStreamCaptureMode=(OK, 5)
     )
-    buffer = launch.allocate(0)
-    assert launch.address_of_buffer(buffer) == 4096
-    assert binding.calls == [("cuMemAlloc", 1), ("cuCtxGetCurrent",)]
+    buffer = driver.Buffer(0)
+    assert buffer.address == 4096
+    assert binding.calls == [
+        ("cuMemAlloc", 1),
+        ("cuCtxGetCurrent",),
+        ("cuMemsetD8Async", 4096, 0, 1, 0),
+        ("cuStreamSynchronize", 0),
+    ]
     binding.calls.clear()
     del buffer
     assert binding.calls == [
@@ -145,7 +151,7 @@ def test_a_buffer_is_freed_as_soon_as_it_goes(pretend):
 def test_pinned_memory_is_freed_with_its_last_view(pretend):
     memory = np.full(12, 7.0)
     binding = pretend(cuMemHostAlloc=(OK, memory.ctypes.data), cuCtxGetCurrent=(OK, 77))
-    array = launch.pinned(4, 3)
+    array = driver.pinned(4, 3)
     assert binding.calls[0] == ("cuMemHostAlloc", 96, 0)
     assert (array.shape, array.dtype) == ((3, 4), np.float64)
     row = array.view(np.int64)[1]
@@ -162,7 +168,7 @@ def test_pinned_memory_is_freed_with_its_last_view(pretend):
 def test_nothing_is_freed_without_the_context(pretend):
     """In a forked child, or when the context has been destroyed."""
     binding = pretend(cuMemAlloc=(OK, 4096), cuCtxGetCurrent=(OK, 77))
-    buffer = launch.allocate(5)
+    buffer = driver.Buffer(5)
     binding.answers["cuCtxPushCurrent"] = (NOT_INITIALIZED,)
     binding.calls.clear()
     del buffer
@@ -181,10 +187,10 @@ def test_what_numba_has_yet_to_free_makes_room(pretend, monkeypatch, has_queue):
         cuMemAlloc=lambda _: (OK, 4096) if room else (OUT_OF_MEMORY, None), cuCtxGetCurrent=(OK, 7)
     )
     if has_queue:
-        assert launch.allocate(5).address == 4096
+        assert driver.Buffer(5).address == 4096
     else:
         with pytest.raises(CudaAPIError, match="OUT_OF_MEMORY"):
-            launch.allocate(5)
+            driver.Buffer(5)
 
 
 def test_events(pretend):
@@ -192,7 +198,7 @@ def test_events(pretend):
     event = driver.Event()
     binding.calls.clear()
     event.record(5)
-    event.hold(6)
+    event.block(6)
     event.recording(7)()
     event.wait()
     assert [call for call in binding.calls if call[0] != "cuThreadExchangeStreamCaptureMode"] == [
@@ -201,12 +207,9 @@ def test_events(pretend):
         ("cuEventRecord", 64, 7),
         ("cuEventSynchronize", 64),
     ]
-    for error, past in ((OK, True), (RESULTS.CUDA_ERROR_NOT_READY, False)):
-        binding.answers["cuEventQuery"] = (error,)
-        assert event.is_past() is past
-    binding.answers["cuEventQuery"] = (RESULTS.CUDA_ERROR_INVALID_CONTEXT,)
+    binding.answers["cuEventSynchronize"] = (RESULTS.CUDA_ERROR_INVALID_CONTEXT,)
     with pytest.raises(CudaAPIError, match="INVALID_CONTEXT"):
-        event.is_past()
+        event.wait()
     del event
     assert ("cuEventDestroy", 64) in binding.calls
 
@@ -240,7 +243,7 @@ def numba_array(stream):
 @pytest.mark.parametrize(("handle", "named"), [(None, None), (0, 0), (2, 2), (99, 99)])
 def test_streams_of_numba_arrays(monkeypatch, handle, named):
     """Whatever the stream is, without a warning of numba-cuda's own."""
-    monkeypatch.setattr(launch, "device_of", lambda _: 0)
+    monkeypatch.setattr(driver, "device_of", lambda _: 0)
     array = numba_array(0 if handle is None else Stream(real.CUstream(handle)))
     found = view(array, "params", writable=True)
     assert (found.address, found.shape, found.dtype, found.order) == (4096, (3, 2), "f4", "C")
@@ -251,18 +254,19 @@ def test_streams_of_numba_arrays(monkeypatch, handle, named):
 # Several devices.
 
 
-def test_each_device_has_its_kernels_loaded_when_they_are_prepared(pretend):
+def test_each_device_has_its_kernels_loaded_before_a_step(pretend):
     """Not in the middle of a step: another kind of GPU needs a machine code of its own."""
     pretend(cuThreadExchangeStreamCaptureMode=(OK, 0))
     contexts = [mock.Mock(device=mock.Mock(id=k, compute_capability=(8 + k, 0))) for k in (0, 1)]
-    kernel = launch.Kernel(kernels.sum_squares, 2, (kernels.SUM_THREADS, 4), FLOAT=np.float32)
+    kernel = compiler.Kernel(kernels.sum_squares, (kernels.SUM_THREADS, 4), FLOAT=np.float32)
     for k, expected in ((0, [1, 0]), (1, [1, 1]), (0, [1, 1])):
         device, current = ({"return_value": each} for each in (contexts[k].device, contexts[k]))
         with (
             mock.patch("numba.cuda.dispatcher.get_current_device", **device),
             mock.patch("numba.cuda.codegen.devices.get_context", **current),
+            mock.patch("fastadam.cuda.driver.context", contextlib.nullcontext),
         ):
-            kernel.prepare()
+            kernel.load(k)
         assert [each.create_module_image.call_count for each in contexts] == expected
     codes = [each.create_module_image.call_args[0][0].code for each in contexts]
     assert codes[0] != codes[1]

@@ -209,9 +209,9 @@ MUTATIONS = {
     ),
     "a barrier less": ("sum_squares", r"bar\.sync\s+0;", ""),
     "half of a sum": ("sum_squares", r"add\.f64\s+(\S+), (\S+), (\S+);", r"mov.f64 \1, \2;"),
-    "a count that is not written": ("settle", r"st\.global\.u64\s.*;", ""),
+    "a count that is not written": ("prepare_step", r"st\.global\.u64\s.*;", ""),
     "a root off by one unit": (
-        "settle",
+        "prepare_step",
         r"(sqrt\.rn\.f64\s+(%fd\d+), .*;)",
         r"\1\nadd.s64 \2, \2, 1;",
     ),

@@ -298,7 +298,7 @@ def groups(lib):
 
 case("groups", groups, sample=True)
 
-for count in (257, 600, 1_100):  # more than a block that settles has threads
+for count in (257, 600, 1_100):  # more than the block that prepares has threads
     mode = "clip" if count == 600 else "raise"
     run = runs(("f4", "f8"), mode, 2, 2, [(k % 4,) for k in range(count)])
     case(f"{count} arrays", run, sample=count == 600)
