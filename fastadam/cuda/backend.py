@@ -9,9 +9,11 @@ import numpy.typing as npt
 from ..params.groups import Groups
 from ..state.param_state import ParamState
 from ..update.rows import Rows
-from . import launch
+from ..update.settings import Settings
+from . import launch, lists
 from .arrays import DeviceArray, allocate, place_of, view
 from .gradients import Gradients
+from .lists import ListStepper
 from .scalars import DeviceScalars
 from .stepper import Stepper
 
@@ -19,8 +21,11 @@ __all__ = [
     "allocate",
     "assign",
     "check_copyable",
+    "find_tables",
+    "make_list_stepper",
     "make_scalars",
     "make_stepper",
+    "take_lists",
     "take_param",
     "to_host",
     "writing",
@@ -43,6 +48,19 @@ def make_stepper(
     device = max(0, *(state.param.device for state in states))
     rows = Rows.of(states, place_of, steps)
     return Stepper(rows, scalars, Gradients(states, labels), step_count, device)
+
+
+find_tables, take_lists = lists.find_tables, lists.take_lists
+
+
+def make_list_stepper(
+    given: tuple[Any, ...],
+    writable: bool,  # noqa: ARG001
+    shared: bool,
+) -> tuple[ListStepper, Settings]:
+    """Return what takes steps of arrays that come with each, and its hyperparameters."""
+    stepper = ListStepper(given, shared)
+    return stepper, stepper.settings
 
 
 def take_param(array: Any, label: str) -> DeviceArray:
