@@ -152,6 +152,12 @@ def of(params: Sequence[Any]) -> Backend:
 
 
 @functools.cache
+def host() -> Backend:
+    """Return the backend of NumPy's arrays."""
+    return _imported(False)
+
+
+@functools.cache
 def _imported(device: bool) -> Backend:
     """Import a backend, and Numba with it, when it is first needed: that takes a while.
 

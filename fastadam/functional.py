@@ -164,9 +164,10 @@ def adam(
     if limited:
         max_grad_norm = hyperparameters.check_max_grad_norm(max_grad_norm)
         nonfinite = hyperparameters.check_nonfinite(nonfinite)
-    backend = backends.of(given[0])
+    backend = backends.host()
     key = backend.find_tables(given)
     if key == 0:  # other libraries' arrays, or none
+        backend = backends.of(given[0])
         _check_lists(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, averages)
         if not given[0]:
             new = lr, betas, eps, weight_decay, decoupled_weight_decay, maximize, ema_decay
@@ -182,16 +183,17 @@ def adam(
         _check_lists(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, averages)
         tables, given = _renewed(tables, backend, given, zero_grad)
     try:
-        old = tables.settings.given
+        # What is not the same object is checked. (To compare by == would let True pass for 1.0.)
+        lr0, betas0, eps0, decay0, decoupled0, maximize0, ema0, scale0 = tables.settings.given
         if not (
-            lr is old[0]
-            and betas is old[1]
-            and eps is old[2]
-            and weight_decay is old[3]
-            and decoupled_weight_decay is old[4]
-            and maximize is old[5]
-            and ema_decay is old[6]
-            and grad_scale is old[7]
+            lr is lr0
+            and betas is betas0
+            and eps is eps0
+            and weight_decay is decay0
+            and decoupled_weight_decay is decoupled0
+            and maximize is maximize0
+            and ema_decay is ema0
+            and grad_scale is scale0
         ):
             new = lr, betas, eps, weight_decay, decoupled_weight_decay, maximize, ema_decay
             shared = _are_shared(new)

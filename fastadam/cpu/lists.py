@@ -33,16 +33,17 @@ _INT64 = np.int64(0)
 Given: TypeAlias = tuple[Any, ...]
 STEPS = len(layout.ADDRESSES)
 MOST_STEPS = 2**62
+_NDARRAY = id(np.ndarray)
 
 
 def find(given: Any, ndarray: Any) -> Any:
-    """Return a number made of where the parameters lie, 0 if one is no plain array.
+    """Return a number made of where some parameters lie, 0 if one of those is no plain array.
 
     ``given`` is the ``id()`` of a `Given`, ``ndarray`` that of `numpy.ndarray`.
     """
     params = peek(given + ITEMS, _INT64)
     key = count = peek(params + LENGTH, _INT64)
-    for t in range(count):
+    for t in range(0, count, count // 8 + 1):
         array = peek(params + ITEMS + 8 * t, _INT64)
         if peek(array + TYPE, _INT64) != ndarray:
             return 0
@@ -67,23 +68,26 @@ def look(context: Any, given: Any, writable: Any) -> Any:
     tensors = table(fields[field.TENSORS], total, layout.TENSOR_COLUMNS, _INT64)
     seen = table(fields[field.SEEN], total + 1, field.SEEN_COLUMNS, _INT64)
     counts = table(fields[field.COUNTS], 1, 2, _INT64)[0]
-    changed = False
     for column in range(STEPS):
-        arrays, is_grad = peek(given + ITEMS + 8 * column, _INT64), column == layout.GRAD
+        arrays = peek(given + ITEMS + 8 * column, _INT64)
         if arrays != none and peek(arrays + LENGTH, _INT64) != total:
             return False
-        for t in range(total):
+    changed = False
+    for t in range(total):
+        row = seen[t]
+        for column in range(STEPS):
+            arrays, is_grad = peek(given + ITEMS + 8 * column, _INT64), column == layout.GRAD
             array, start = none, 0
             if arrays != none:
                 array = peek(arrays + ITEMS + 8 * t, _INT64)
-            if arrays != none and not (is_grad and array == none):
-                if peek(array + TYPE, _INT64) != fields[field.NDARRAY]:
-                    return False
-                if not fits(array, seen[t], writable or not is_grad):
-                    return False
-                start = peek(array + DATA, _INT64)
+                if array != none or not is_grad:
+                    if peek(array + TYPE, _INT64) != fields[field.NDARRAY] or not fits(
+                        array, row, writable or not is_grad
+                    ):
+                        return False
+                    start = peek(array + DATA, _INT64)
             if is_grad:
-                seen[t, field.FOUND] = start
+                row[field.FOUND] = start
             if start != tensors[t, column]:
                 if not is_grad:
                     return False
@@ -125,7 +129,7 @@ def find_tables(given: Given) -> int:
     """Do what `find` does."""
     find = find_kernel()
     if find is not None:
-        return find(id(given), id(np.ndarray))  # type: ignore[no-any-return]
+        return find(id(given), _NDARRAY)  # type: ignore[no-any-return]
     params = given[layout.PARAM]
     if any(type(param) is not np.ndarray for param in params):
         return 0
@@ -217,17 +221,14 @@ class Lists:
             field.SEEN: address(self._seen),
             field.OWN_MEMORY: address(self._memory.blocks),
             field.OWN_COUNT: len(self._memory.blocks),
-            field.NDARRAY: id(np.ndarray),
+            field.NDARRAY: _NDARRAY,
             field.NONE: id(None),
         }
         # To `Stepper`: its kernels are not to look at gradients themselves.
         self.compiled = False
-        self._look = look_kernel()
 
-    def fit(self, context: int, given: Given, writable: bool) -> bool:
-        """Note where gradients and counts lie, if the arrays are those that were seen first."""
-        if self._look is not None:
-            return bool(self._look(context, id(given), writable))
+    def fit(self, given: Given, writable: bool) -> bool:
+        """Do what `look` does, where NumPy's structures are not the known ones."""
         check(given, writable)
         if _kept(given) != self._kept:
             return False
@@ -236,7 +237,7 @@ class Lists:
         return True
 
     def take(self, context: int, grads: Given, writable: bool) -> Given:  # noqa: ARG002
-        """Return the arrays of this call: `fit` has looked at them."""
+        """Return the arrays of this call: `ListStepper.fit` has looked at them."""
         return grads
 
     take_unusual = take
@@ -332,9 +333,13 @@ class ListStepper(Stepper):
         self._lists = Lists(given, writable, len(settings.rows))
         super().__init__(self._lists.rows, settings, self._lists, 0)
 
+        self._look = look_kernel()
+
     def fit(self, given: Given, writable: bool) -> bool:
-        """Look at the arrays of a step; see `Lists.fit`."""
-        return self._lists.fit(self._context, given, writable)
+        """Note where gradients and counts lie, if the arrays are those that were seen first."""
+        if self._look is not None:
+            return self._look(self._context, id(given), writable)  # type: ignore[no-any-return]
+        return self._lists.fit(given, writable)
 
     def step(self, grads: Given, zero_grad: bool) -> int:  # noqa: ARG002
         """Take the step, with the arrays that have been looked at last."""

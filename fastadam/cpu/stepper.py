@@ -19,7 +19,7 @@ from ..update.result import StepResult
 from ..update.rows import Rows
 from ..update.scalars import Scalars
 from ..update.settings import Settings
-from . import kernels
+from . import intrinsics, kernels
 from . import layout as field
 from .context import Context
 
@@ -132,7 +132,10 @@ class Stepper:
         """Return the update kernel for each dtype."""
         updates = self._updates.get(zero_grad)
         if updates is None:
-            updates = [self._update_kernel(context, zero_grad) for context in self.contexts]
+            updates = [
+                intrinsics.entry_point(self._update_kernel(context, zero_grad))
+                for context in self.contexts
+            ]
             self._updates[zero_grad] = updates
         return updates
 
@@ -177,7 +180,7 @@ class Stepper:
 
         The gradients are multiplied by ``clip``.
         """
-        updates = self._update_kernels(zero_grad)
+        updates = self._updates.get(zero_grad) or self._update_kernels(zero_grad)
         if self._serial:
             return updates[0](self._context, 0, clip) - 1  # type: ignore[no-any-return]
         with alone:
