@@ -198,6 +198,7 @@ def adam(
             new = lr, betas, eps, weight_decay, decoupled_weight_decay, maximize, ema_decay
             shared = _are_shared(new)
             if tables.settings.shared is not shared:
+                given = backend.take_lists(given)
                 tables = _Tables(backend, given, zero_grad, shared=shared)
             tables.settings.set((*new, grad_scale))
         if limited:

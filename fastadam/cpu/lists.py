@@ -25,6 +25,7 @@ from . import layout as field
 from .intrinsics import peek, table
 from .numpy_structs import DATA, ITEMS, LENGTH, TYPE, accept, fits
 from .stepper import Stepper
+from .tensors import known_at, mark_of, meet_torch, place_of
 
 _INT64 = np.int64(0)
 
@@ -33,21 +34,20 @@ _INT64 = np.int64(0)
 Given: TypeAlias = tuple[Any, ...]
 STEPS = len(layout.ADDRESSES)
 MOST_STEPS = 2**62
-_NDARRAY = id(np.ndarray)
 
 
-def find(given: Any, ndarray: Any) -> Any:
-    """Return a number made of where some parameters lie, 0 if one of those is no plain array.
+def find(given: Any, known_at: Any) -> Any:
+    """Return a number made of where some parameters lie, 0 if one of those is of no known kind.
 
-    ``given`` is the ``id()`` of a `Given`, ``ndarray`` that of `numpy.ndarray`.
+    ``given`` is the ``id()`` of a `Given`, ``known_at`` the address of `tensors.known`.
     """
-    params = peek(given + ITEMS, _INT64)
+    params, known = peek(given + ITEMS, _INT64), table(known_at, 1, field.KNOWN_SIZE, _INT64)[0]
     key = count = peek(params + LENGTH, _INT64)
     for t in range(0, count, count // 8 + 1):
-        array = peek(params + ITEMS + 8 * t, _INT64)
-        if peek(array + TYPE, _INT64) != ndarray:
+        mark = mark_of(peek(params + ITEMS + 8 * t, _INT64), known, known_at)
+        if mark < 0:
             return 0
-        key = key * 1_000_003 + peek(array + DATA, _INT64)
+        key = key * 1_000_003 + mark
     return key
 
 
@@ -72,7 +72,8 @@ def look(context: Any, given: Any, writable: Any) -> Any:
         arrays = peek(given + ITEMS + 8 * column, _INT64)
         if arrays != none and peek(arrays + LENGTH, _INT64) != total:
             return False
-    changed = False
+    known_at, changed = fields[field.KNOWN], False
+    known = table(known_at, 1, field.KNOWN_SIZE, _INT64)[0]
     for t in range(total):
         row = seen[t]
         for column in range(STEPS):
@@ -81,11 +82,9 @@ def look(context: Any, given: Any, writable: Any) -> Any:
             if arrays != none:
                 array = peek(arrays + ITEMS + 8 * t, _INT64)
                 if array != none or not is_grad:
-                    if peek(array + TYPE, _INT64) != fields[field.NDARRAY] or not fits(
-                        array, row, writable or not is_grad
-                    ):
+                    start = place_of(array, row, writable or not is_grad, known, known_at)
+                    if start < 0:
                         return False
-                    start = peek(array + DATA, _INT64)
             if is_grad:
                 row[field.FOUND] = start
             if start != tensors[t, column]:
@@ -93,7 +92,9 @@ def look(context: Any, given: Any, writable: Any) -> Any:
                     return False
                 changed = True
     steps = peek(given + ITEMS + 8 * STEPS, _INT64)
-    if peek(steps + TYPE, _INT64) != fields[field.NDARRAY] or not fits(steps, seen[total], True):
+    if peek(steps + TYPE, _INT64) != known[field.KNOWN_NDARRAY] or not fits(
+        steps, seen[total], True
+    ):
         return False
     start = peek(steps + DATA, _INT64)
     for t in range(total):
@@ -129,11 +130,19 @@ def find_tables(given: Given) -> int:
     """Do what `find` does."""
     find = find_kernel()
     if find is not None:
-        return find(id(given), _NDARRAY)  # type: ignore[no-any-return]
+        key = find(id(given), known_at)
+        if key == 0 and meet_torch():
+            key = find(id(given), known_at)
+        return key  # type: ignore[no-any-return]
     params = given[layout.PARAM]
     if any(type(param) is not np.ndarray for param in params):
         return 0
-    return hash(tuple(map(address, params)))
+    return hash(tuple(map(_place, params)))
+
+
+def _place(array: Any) -> int:
+    """Return where an array lies, 1 if it is empty: where those lie means nothing."""
+    return 0 if array is None else address(array) if array.size else 1
 
 
 NAMES = ("params", "grads", *(role.argument for role in roles.ROLES))
@@ -206,7 +215,7 @@ class Lists:
         names = (roles.PARAM, None, *roles.NAMES)
         kept = [(name, given[c]) for c, name in enumerate(names) if name and given[c] is not None]
         self.rows = Rows(
-            [{name: address(arrays[k]) for name, arrays in kept} for k in range(len(params))],
+            [{name: _place(arrays[k]) for name, arrays in kept} for k in range(len(params))],
             [param.size for param in params],
             [param.dtype for param in params],
             [0 if groups == 1 else k for k in range(len(params))],
@@ -221,7 +230,7 @@ class Lists:
             field.SEEN: address(self._seen),
             field.OWN_MEMORY: address(self._memory.blocks),
             field.OWN_COUNT: len(self._memory.blocks),
-            field.NDARRAY: _NDARRAY,
+            field.KNOWN: known_at,
             field.NONE: id(None),
         }
         # To `Stepper`: its kernels are not to look at gradients themselves.
@@ -232,7 +241,7 @@ class Lists:
         check(given, writable)
         if _kept(given) != self._kept:
             return False
-        self.rows.table[:, layout.GRAD] = [address(grad) for grad in given[layout.GRAD]]
+        self.rows.table[:, layout.GRAD] = [_place(grad) for grad in given[layout.GRAD]]
         self._counts[field.COUNTS_ADDRESS] = address(given[STEPS])
         return True
 
@@ -244,7 +253,7 @@ class Lists:
 
     def nonfinite_message(self, grads: Given, factor: float) -> str | None:
         """Return a message on the first element that, times a factor, is not finite."""
-        for k, grad in enumerate(grads[layout.GRAD]):
+        for k, grad in enumerate(plain(grads)[layout.GRAD]):
             found = None
             if grad is not None:
                 found = nonfinite_message(grad, label(layout.GRAD, k), factor)
@@ -256,7 +265,7 @@ class Lists:
 def _kept(given: Given) -> Any:
     """Return all that tables are made for, as something to compare."""
     return [
-        None if arrays is None else [(address(a), a.shape, a.dtype, a.strides) for a in arrays]
+        None if arrays is None else [(_place(a), a.shape, a.dtype, a.strides) for a in arrays]
         for column, arrays in enumerate(given[:STEPS])
         if column != layout.GRAD
     ]

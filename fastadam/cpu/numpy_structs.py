@@ -26,9 +26,9 @@ from .intrinsics import peek, table
 # PyArrayObject_fields on 64-bit machines: PyObject_HEAD, whose last member is the
 # type; data, nd (int), dimensions, strides, base, descr, flags (int).
 _HEAD = object.__basicsize__
-TYPE, DATA, _NDIM, _DIMENSIONS = _HEAD - 8, _HEAD, _HEAD + 8, _HEAD + 16
+TYPE, DATA, NDIM, DIMENSIONS = _HEAD - 8, _HEAD, _HEAD + 8, _HEAD + 16
 _DESCR, _FLAGS = _HEAD + 40, _HEAD + 48
-_C, _F, _ALIGNED, _WRITEABLE = 0x1, 0x2, 0x100, 0x400
+C, F, _ALIGNED, _WRITEABLE = 0x1, 0x2, 0x100, 0x400
 # PyTupleObject: PyObject_HEAD, then its length; its items come last.
 LENGTH, ITEMS = _HEAD, tuple.__basicsize__
 
@@ -43,10 +43,10 @@ def fits(array: Any, row: Any, writable: Any) -> Any:
     if (
         peek(array + _FLAGS, _INT32) & needed != needed
         or peek(peek(array + _DESCR, _INT64) + DTYPE_MARK_OFFSET, _INT64) != row[field.DTYPE_MARK]
-        or peek(array + _NDIM, _INT32) != ndim
+        or peek(array + NDIM, _INT32) != ndim
     ):
         return False
-    wanted, given = row[field.SHAPE], peek(array + _DIMENSIONS, _INT64)
+    wanted, given = row[field.SHAPE], peek(array + DIMENSIONS, _INT64)
     for axis in range(ndim):
         if peek(wanted + 8 * axis, _INT64) != peek(given + 8 * axis, _INT64):
             return False
@@ -186,8 +186,10 @@ def new_seen(arrays: Sequence[npt.NDArray[Any]]) -> tuple[npt.NDArray[np.int64],
     start = address(shapes)
     for k, (row, array) in enumerate(zip(seen, arrays, strict=True)):
         row[field.NDIM], row[field.SHAPE] = array.ndim, start
-        row[field.MEMORY_ORDER] = _C if array.flags.c_contiguous else _F
+        row[field.MEMORY_ORDER] = C if array.flags.c_contiguous else F
         row[field.DTYPE_MARK] = dtype_mark(array.dtype)
+        # DLPack's code, 2 for a float, then bits, then lanes.
+        row[field.ELEMENT] = (2 if array.dtype.kind == "f" else 0) + 2048 * array.itemsize + 65536
         row[field.BYTES], row[field.ORDER] = array.nbytes, k
         start += 8 * array.ndim
     return seen, shapes
@@ -221,13 +223,13 @@ def works() -> bool:
     if dtype_mark(same) != dtype_mark(single) or dtype_mark(other) == dtype_mark(single):
         return False
     for array in samples:
-        dimensions = _peek(id(array) + _DIMENSIONS)
+        dimensions = _peek(id(array) + DIMENSIONS)
         shape = tuple(_peek(dimensions + 8 * axis) for axis in range(array.ndim))
-        flags = _peek(id(array) + _FLAGS) & (_C | _F | _ALIGNED | _WRITEABLE)
+        flags = _peek(id(array) + _FLAGS) & (C | F | _ALIGNED | _WRITEABLE)
         found = (
             _peek(id(array) + TYPE),
             _peek(id(array) + DATA),
-            _peek(id(array) + _NDIM) & 0xFFFFFFFF,
+            _peek(id(array) + NDIM) & 0xFFFFFFFF,
             shape,
             _peek(_peek(id(array) + _DESCR) + DTYPE_MARK_OFFSET),
             flags,
@@ -238,7 +240,7 @@ def works() -> bool:
             array.ndim,
             array.shape,
             dtype_mark(array.dtype),
-            array.flags.num & (_C | _F | _ALIGNED | _WRITEABLE),
+            array.flags.num & (C | F | _ALIGNED | _WRITEABLE),
         )
         if found != expected:
             return False

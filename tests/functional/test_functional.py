@@ -12,7 +12,8 @@ from digest_run import MODES, SIZE, STEPS, TAIL_MODES, cut
 
 import fastadam
 from fastadam import functional, schedules
-from fastadam.cpu import kernels, numpy_structs
+from fastadam.cpu import backend, kernels, lists, numpy_structs, tensors
+from fastadam.cpu import layout as field
 from fastadam.functional import adam
 
 
@@ -44,6 +45,10 @@ class Engine:
 
     def arrays(self):
         return [a for arrays in (self.params, *self.lists()) for a in arrays or ()]
+
+    def picture_of(self, torch):
+        arrays = (a.numpy() if isinstance(a, torch.Tensor) else a for a in self.arrays())
+        return [a.tobytes() for a in (*arrays, self.steps)]
 
     def picture(self):
         return [a.tobytes() for a in (*self.arrays(), self.steps)]
@@ -310,8 +315,6 @@ def test_other_structures_of_numpy(monkeypatch):
     theirs, same = engine(3)
     theirs.step(same)
     theirs.step(same)
-    from fastadam.cpu import lists
-
     functional._tables.clear()
     monkeypatch.setattr(numpy_structs, "works", lambda: False)
     lists.find_kernel.cache_clear()
@@ -361,23 +364,89 @@ def test_derived_arrays_and_scalars():
     assert kept.picture() == theirs.picture()
 
 
-def test_tensors_of_torch(monkeypatch, optional):
+@pytest.fixture(params=["C", "NumPy"])
+def torch(request, optional, monkeypatch):
+    """Torch, asked by DLPack's C function, or by way of NumPy as before 2.10."""
     torch = optional("torch")
-    kept, grads = engine(3)
-    theirs, same = engine(3)
+    exchange = tensors.known[field.KNOWN_EXCHANGE]
+    if request.param == "NumPy":
+        tensors.known[field.KNOWN_EXCHANGE] = 0
+        monkeypatch.setattr(tensors, "meet_torch", lambda: False)
+        monkeypatch.setattr(lists, "meet_torch", lambda: False)
+    elif not (exchange or tensors.meet_torch()):
+        pytest.skip("this torch has no C function for DLPack")
+    yield torch
+    tensors.known[field.KNOWN_EXCHANGE] = exchange
+
+
+def test_tensors_of_torch(monkeypatch, torch):
+    shapes = [(3, 4), (5,), (), (0, 2), (4, 1), (1, 4), (2, 3, 2)]
+    rng = np.random.default_rng(5)
+    start, grads = draw(rng, shapes), draw(rng, shapes)
+    start, grads = ([np.asarray(a) for a in some] for some in (start, grads))
+    start[0], grads[0] = np.asfortranarray(start[0]), np.asfortranarray(grads[0])
+    kept, theirs = (Engine([a.copy("K") for a in start]) for _ in range(2))
+    plain = kept.params, kept.exp_avgs
     kept.params = [torch.nn.Parameter(torch.from_numpy(p)) for p in kept.params]
     kept.exp_avgs = [torch.from_numpy(m) for m in kept.exp_avgs]
-    made = built(monkeypatch)
+    made, taken, take = built(monkeypatch), [], backend.take_lists
+    monkeypatch.setattr(backend, "take_lists", lambda given: taken.append(0) or take(given))
+    for k in range(3):
+        kept.step([torch.from_numpy(g.copy("K")) for g in grads])
+        if k == 0:
+            count = len(taken)
+    assert len(made) == 1
+    assert (len(taken) == count) == (tensors.known[field.KNOWN_EXCHANGE] != 0)
     for _ in range(3):
-        kept.step([torch.from_numpy(g.copy()) for g in grads])
-        theirs.step(same)
-    assert len(made) == 2
-    kept.params = [p.detach().numpy() for p in kept.params]
-    kept.exp_avgs = [m.numpy() for m in kept.exp_avgs]
+        theirs.step(grads)
+    kept.params, kept.exp_avgs = plain
     assert kept.picture() == theirs.picture()
-    kept.exp_avgs[1] = torch.zeros(5, dtype=torch.bfloat16)
-    with pytest.raises(TypeError, match=r"exp_avgs\[1\] must be readable as a NumPy array"):
-        kept.step(grads)
+
+
+def test_tensors_with_a_rate_for_each_and_norms(torch):
+    kept, grads = engine(2)
+    theirs, same = engine(2)
+    arrays = kept.params
+    kept.params = [torch.from_numpy(p) for p in kept.params]
+    given = [torch.from_numpy(g) for g in grads]
+    for lr in (0.1, [0.1, 0.2], 0.1):
+        for nonfinite in ("propagate", "skip"):
+            told = kept.step(given, lr=lr, nonfinite=nonfinite, zero_grad=nonfinite == "skip")
+            expected = theirs.step(same, lr=lr, nonfinite=nonfinite, zero_grad=nonfinite == "skip")
+            assert told == expected
+    given[1][2] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"got nan at grads\[1\]\[2\]"):
+        kept.step(given, nonfinite="raise")
+    kept.params = arrays
+    assert kept.picture() == theirs.picture()
+
+
+def test_tensors_that_do_not_fit(torch):
+    kept, grads = engine(2)
+    kept.params = [torch.from_numpy(p) for p in kept.params]
+    kept.exp_avgs = [torch.from_numpy(m) for m in kept.exp_avgs]
+    grads = [torch.from_numpy(g) for g in grads]
+    kept.step(grads)
+    before = kept.picture_of(torch)
+    whole = torch.zeros(4, 3)
+    for name, k, bad, kind, message in [
+        ("grads", 0, whole, ValueError, r"grads\[0\]\.shape must be its parameter's"),
+        ("grads", 0, whole.T, ValueError, r"grads\[0\] must be laid out in C order"),
+        ("grads", 1, torch.zeros(10)[::2], ValueError, r"grads\[1\] must be contiguous"),
+        ("grads", 1, torch.zeros(5).double(), TypeError, r"grads\[1\]\.dtype must be its param"),
+        ("grads", 1, torch.zeros(5).int(), TypeError, r"grads\[1\]\.dtype must be its param"),
+        ("grads", 1, torch.zeros(5).to_sparse(), TypeError, r"grads\[1\] must be readable as a"),
+        ("grads", 1, kept.exp_avgs[1], ValueError, r"grads\[1\] must not share memory with exp_a"),
+        ("exp_avgs", 1, torch.zeros(6), ValueError, r"exp_avgs\[1\]\.shape must be its param"),
+        ("exp_avgs", 1, torch.zeros(5).bfloat16(), TypeError, r"exp_avgs\[1\] must be readable"),
+        ("params", 1, torch.zeros(5).half(), TypeError, r"params\[1\]\.dtype must be float32 or"),
+    ]:
+        target = grads if name == "grads" else getattr(kept, name)
+        good, target[k] = target[k], bad
+        with pytest.raises(kind, match=message):
+            kept.step(grads)
+        target[k] = good
+        assert kept.picture_of(torch) == before
 
 
 def test_steps_as_torch_keeps_them(optional):
