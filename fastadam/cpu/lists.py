@@ -41,10 +41,10 @@ def find(given: Any, known_at: Any) -> Any:
 
     ``given`` is the ``id()`` of a `Given`, ``known_at`` the address of `tensors.known`.
     """
-    params, known = peek(given + ITEMS, _INT64), table(known_at, 1, field.KNOWN_SIZE, _INT64)[0]
+    params = peek(given + ITEMS, _INT64)
     key = count = peek(params + LENGTH, _INT64)
     for t in range(0, count, count // 8 + 1):
-        mark = mark_of(peek(params + ITEMS + 8 * t, _INT64), known, known_at)
+        mark = mark_of(peek(params + ITEMS + 8 * t, _INT64), known_at)
         if mark < 0:
             return 0
         key = key * 1_000_003 + mark
@@ -72,8 +72,7 @@ def look(context: Any, given: Any, writable: Any) -> Any:
         arrays = peek(given + ITEMS + 8 * column, _INT64)
         if arrays != none and peek(arrays + LENGTH, _INT64) != total:
             return False
-    known_at, changed = fields[field.KNOWN], False
-    known = table(known_at, 1, field.KNOWN_SIZE, _INT64)[0]
+    changed, known_at, ndarray = False, fields[field.KNOWN], fields[field.NDARRAY]
     for t in range(total):
         row = seen[t]
         for column in range(STEPS):
@@ -82,9 +81,16 @@ def look(context: Any, given: Any, writable: Any) -> Any:
             if arrays != none:
                 array = peek(arrays + ITEMS + 8 * t, _INT64)
                 if array != none or not is_grad:
-                    start = place_of(array, row, writable or not is_grad, known, known_at)
-                    if start < 0:
-                        return False
+                    if peek(array + TYPE, _INT64) == ndarray:
+                        if not fits(array, row, writable or not is_grad):
+                            return False
+                        start = peek(array + DATA, _INT64)
+                    else:
+                        start = place_of(array, row, known_at)
+                        if start < 0:
+                            return False
+                    if row[field.BYTES] == 0:
+                        start = 1
             if is_grad:
                 row[field.FOUND] = start
             if start != tensors[t, column]:
@@ -92,9 +98,7 @@ def look(context: Any, given: Any, writable: Any) -> Any:
                     return False
                 changed = True
     steps = peek(given + ITEMS + 8 * STEPS, _INT64)
-    if peek(steps + TYPE, _INT64) != known[field.KNOWN_NDARRAY] or not fits(
-        steps, seen[total], True
-    ):
+    if peek(steps + TYPE, _INT64) != ndarray or not fits(steps, seen[total], True):
         return False
     start = peek(steps + DATA, _INT64)
     for t in range(total):
@@ -230,6 +234,7 @@ class Lists:
             field.SEEN: address(self._seen),
             field.OWN_MEMORY: address(self._memory.blocks),
             field.OWN_COUNT: len(self._memory.blocks),
+            field.NDARRAY: id(np.ndarray),
             field.KNOWN: known_at,
             field.NONE: id(None),
         }

@@ -13,8 +13,8 @@ import numpy as np
 from ..params.arrays import address
 from . import intrinsics
 from . import layout as field
-from .intrinsics import call_at, peek
-from .numpy_structs import DATA, DIMENSIONS, NDIM, TYPE, C, fits
+from .intrinsics import call_at, peek, table
+from .numpy_structs import DATA, DIMENSIONS, NDIM, TYPE, C
 
 _INT64, _INT32 = np.int64(0), np.int32(0)
 # DLTensor: data; device type, device number; ndim (all int32); code, bits (a byte each), lanes
@@ -58,42 +58,43 @@ def _tensor_fits(tensor: Any, row: Any) -> Any:
 
 
 @intrinsics.inline
-def is_tensor(array: Any, known: Any) -> Any:
-    """Whether an array at ``id()`` is one of torch's, and torch can be asked."""
-    kind = peek(array + TYPE, _INT64)
-    return known[field.KNOWN_EXCHANGE] != 0 and (
+def describe(array: Any, known_at: Any) -> Any:
+    """Return the address of the DLTensor of an array at ``id()``; 0 if it is none of torch's."""
+    kind, known = peek(array + TYPE, _INT64), table(known_at, 1, field.KNOWN_SIZE, _INT64)[0]
+    exchange, tensor = known[field.KNOWN_EXCHANGE], known_at + 8 * field.KNOWN_SIZE
+    if exchange == 0 or not (
         kind == known[field.KNOWN_TENSOR] or kind == known[field.KNOWN_PARAMETER]
-    )
+    ):
+        return 0
+    return tensor if call_at(exchange, array, tensor) else 0
 
 
 @intrinsics.inline
-def place_of(array: Any, row: Any, writable: Any, known: Any, known_at: Any) -> Any:
-    """Return where an array lies, 1 if it is empty; -1 if it is not as its row asks for."""
-    place = -1
-    if peek(array + TYPE, _INT64) == known[field.KNOWN_NDARRAY]:
-        if fits(array, row, writable):
-            place = peek(array + DATA, _INT64)
-    elif is_tensor(array, known):
-        tensor = known_at + 8 * field.KNOWN_SIZE
-        if call_at(known[field.KNOWN_EXCHANGE], array, tensor) and _tensor_fits(tensor, row):
-            place = peek(tensor, _INT64) + peek(tensor + _OFFSET, _INT64)
-    return 1 if place >= 0 and row[field.BYTES] == 0 else place
+def first_element(tensor: Any) -> Any:
+    """Return where a DLTensor's elements lie."""
+    return peek(tensor, _INT64) + peek(tensor + _OFFSET, _INT64)
 
 
 @intrinsics.inline
-def mark_of(array: Any, known: Any, known_at: Any) -> Any:
+def place_of(array: Any, row: Any, known_at: Any) -> Any:
+    """Return where one of torch's lies; -1 if it is none, or not as its row of SEEN asks for."""
+    tensor = describe(array, known_at)
+    return first_element(tensor) if tensor != 0 and _tensor_fits(tensor, row) else -1
+
+
+@intrinsics.inline
+def mark_of(array: Any, known_at: Any) -> Any:
     """Return where an array lies, 1 if it is empty; -1 if it is of no known kind."""
+    known = table(known_at, 1, field.KNOWN_SIZE, _INT64)[0]
     if peek(array + TYPE, _INT64) == known[field.KNOWN_NDARRAY]:
         shape, ndim = peek(array + DIMENSIONS, _INT64), np.int64(peek(array + NDIM, _INT32))
         place = peek(array + DATA, _INT64)
-    elif is_tensor(array, known):
-        tensor = known_at + 8 * field.KNOWN_SIZE
-        if not call_at(known[field.KNOWN_EXCHANGE], array, tensor):
+    else:
+        tensor = describe(array, known_at)
+        if tensor == 0:
             return -1
         shape, ndim = peek(tensor + _SHAPE, _INT64), np.int64(peek(tensor + _NDIM, _INT32))
-        place = peek(tensor, _INT64) + peek(tensor + _OFFSET, _INT64)
-    else:
-        return -1
+        place = first_element(tensor)
     for axis in range(ndim):
         if peek(shape + 8 * axis, _INT64) == 0:
             return 1
