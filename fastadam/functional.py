@@ -121,6 +121,9 @@ def adam(
     -----
     Calls may be made at once in several threads, over different arrays.
 
+    Torch's autograd is not told that parameters change: no tensor of a graph
+    that is still to be run backward may be updated.
+
     Torch's own optimizers keep each step in a tensor of its own, ``state_steps``.
     For those, count twice: ``steps = np.array([int(s) for s in state_steps])``
     before the call, and ``torch._foreach_add_(state_steps, 1)`` after it.
@@ -181,7 +184,8 @@ def adam(
     tables = _tables.pop(key, None)
     if tables is None or not tables.stepper.fit(given, zero_grad):
         _check_lists(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, averages)
-        tables, given = _renewed(tables, backend, given, zero_grad)
+        new = lr, betas, eps, weight_decay, decoupled_weight_decay, maximize, ema_decay
+        tables, given = _renewed(tables, backend, given, zero_grad, shared=_are_shared(new))
     try:
         # What is not the same object is checked. (To compare by == would let True pass for 1.0.)
         lr0, betas0, eps0, decay0, decoupled0, maximize0, ema0, scale0 = tables.settings.given
@@ -196,11 +200,12 @@ def adam(
             and grad_scale is scale0
         ):
             new = lr, betas, eps, weight_decay, decoupled_weight_decay, maximize, ema_decay
-            shared = _are_shared(new)
-            if tables.settings.shared is not shared:
-                given = backend.take_lists(given)
-                tables = _Tables(backend, given, zero_grad, shared=shared)
-            tables.settings.set((*new, grad_scale))
+            if not tables.settings.set_lr((*new, grad_scale)):
+                shared = _are_shared(new)
+                if tables.settings.shared is not shared:
+                    given = backend.take_lists(given)
+                    tables = _Tables(backend, given, zero_grad, shared=shared)
+                tables.settings.set((*new, grad_scale))
         if limited:
             return tables.stepper.limited_step(given, zero_grad, max_grad_norm, nonfinite)
         tables.stepper.step(given, zero_grad)
@@ -238,12 +243,16 @@ _MOST = 100_000
 
 
 def _renewed(
-    tables: _Tables | None, backend: backends.Backend, given: _Given, zero_grad: bool
+    tables: _Tables | None,
+    backend: backends.Backend,
+    given: _Given,
+    zero_grad: bool,
+    *,
+    shared: bool,
 ) -> tuple[_Tables, _Given]:
     """Return tables that fit what is given, and that with the backend's own arrays."""
     given = backend.take_lists(given)
     if tables is None or not tables.stepper.fit(given, zero_grad):
-        shared = tables is None or tables.settings.shared
         tables = _Tables(backend, given, zero_grad, shared=shared)
         with contextlib.suppress(RuntimeError, KeyError):  # other threads may do the same
             while sum(each.weight for each in list(_tables.values())) > _MOST:

@@ -161,8 +161,8 @@ def plain(given: Given) -> Given:
     """Return the same with plain arrays over the memory of what other libraries' arrays are."""
 
     def one(column: int, k: int, array: Any) -> Any:
-        if array is None and column == layout.GRAD:
-            return None
+        if type(array) is np.ndarray or (array is None and column == layout.GRAD):
+            return array
         if hasattr(type(array), "data_ptr"):
             return _of_tensor(array, label(column, k))
         return as_plain(array, label(column, k))
@@ -214,7 +214,7 @@ class Lists:
     """
 
     def __init__(self, given: Given, writable: bool, groups: int) -> None:
-        check(given, writable)
+        self._memory = check(given, writable)
         params, steps = given[layout.PARAM], given[STEPS]
         names = (roles.PARAM, None, *roles.NAMES)
         kept = [(name, given[c]) for c, name in enumerate(names) if name and given[c] is not None]
@@ -225,8 +225,7 @@ class Lists:
             [0 if groups == 1 else k for k in range(len(params))],
             [0] * len(params),
         )
-        self._kept = _kept(given)
-        self._memory = _memory(given)
+        self._kept = None if look_kernel() else _kept(given)
         self._seen, self._shapes = numpy_structs.new_seen([*params, steps])
         self._counts = np.array([0, 1], dtype=np.int64)
         self.fields = {
@@ -285,13 +284,8 @@ def _named(given: Given, columns: Sequence[int]) -> dict[str, npt.NDArray[Any]]:
     }
 
 
-def _memory(given: Given) -> Memory:
-    own = [column for column in layout.ADDRESSES if column != layout.GRAD]
-    return Memory.of(_named(given, own), address)
-
-
-def check(given: Given, writable: bool) -> None:
-    """Refuse what does not fit, and say what it is.
+def check(given: Given, writable: bool) -> Memory:
+    """Refuse what does not fit, and say what it is; return the memory that a step writes.
 
     Raises
     ------
@@ -311,7 +305,10 @@ def check(given: Given, writable: bool) -> None:
     others = {**_named(given, [layout.GRAD]), "steps": steps}
     starts = np.array([address(array) for array in others.values()], dtype=np.int64)
     sizes = np.array([array.nbytes for array in others.values()], dtype=np.int64)
-    _memory(given).check_apart(list(others), starts, sizes)
+    own = [column for column in layout.ADDRESSES if column != layout.GRAD]
+    memory = Memory.of(_named(given, own), address)
+    memory.check_apart(list(others), starts, sizes)
+    return memory
 
 
 def _check_state(array: Any, param: npt.NDArray[Any], name: str) -> None:

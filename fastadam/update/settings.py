@@ -39,7 +39,7 @@ class Settings:
     ----------
     given : tuple
         What the rows hold, by the names in `NAMES`, then the scale of the gradients.
-        Whoever finds all of them the same objects need not call `set`.
+        Whoever finds all of them the same objects need call nothing.
     rows, lr, inverse, largest
         As in `Scalars`.
     """
@@ -52,9 +52,22 @@ class Settings:
         self.largest = min(self._largest, default=np.inf)
         self._tiny = max(limits("tiny", set(dtypes)), default=0.0)
         self._checked: list[Any] = [None] * len(self._dtypes)
+        self._signs = np.ones(len(self._dtypes))
         self._largest_lr = -1.0
+        # What the values in lists were, too, if that is known.
+        self._items: list[Any] | None = None
         self.given: tuple[Any, ...] = _UNKNOWN
         self.lr, self.inverse = 0.0, 1.0
+
+    def set_lr(self, given: tuple[Any, ...]) -> bool:
+        """Do what `set` does, if the learning rate alone is another, as of a schedule."""
+        lr = given[0]
+        others_same = all(map(is_, given[1:], self.given[1:]))
+        if others_same and type(lr) in (float, np.float64) and 0.0 <= lr <= self._largest_lr:
+            self.rows[0, LR] = self.lr = float(lr)
+            self._checked[0], self._items, self.given = None, None, given
+            return True
+        return False
 
     def set(self, given: tuple[Any, ...]) -> None:
         """Check hyperparameters and write them to the rows.
@@ -64,22 +77,23 @@ class Settings:
         TypeError, ValueError
             For one out of range, or a list of another length.
         """
-        lr = given[0]
-        # A learning rate of a schedule's, the usual case: nothing else is looked at.
-        others_same = all(map(is_, given[1:], self.given[1:]))
-        if others_same and type(lr) in (float, np.float64) and 0.0 <= lr <= self._largest_lr:
-            self.rows[0, LR] = self.lr = float(lr)
-            self._checked[0], self.given = None, given
+        items = [_items(value) for value in given]
+        if self._items is not None and all(map(_same, items, self._items)):
             return
-        self.given, self._largest_lr = _UNKNOWN, -1.0  # until the rows are whole
+        self.given, self._largest_lr, self._items = _UNKNOWN, -1.0, None  # until all is whole
         self.inverse = invert(given[-1], self._tiny, self.largest)
         columns = [self._column(*pair) for pair in zip(NAMES, given[:-1], strict=True)]
         for k in range(len(self.rows)):
-            self._write(k, tuple(next(column) for column in columns))
+            values = tuple(map(next, columns))
+            if values != self._checked[k]:
+                self._write(k, values)
+        self.rows[:, GRAD_FACTOR] = self.inverse * self._signs
         self.lr = float(self.rows[0, LR]) if len(self.rows) else 0.0
-        if self.shared and all(map(_is_fixed, given)):
-            self._largest_lr = largest_lr(self.rows[0], self._largest[0])
-            self.given = given
+        if None not in items:
+            self._items = items
+            if self.shared and list not in map(type, given):  # a list can change unseen
+                self._largest_lr = largest_lr(self.rows[0], self._largest[0])
+                self.given = given
 
     def _column(self, name: str, value: Any) -> Any:
         """Return an iterator over what is checked of one hyperparameter."""
@@ -92,31 +106,38 @@ class Settings:
             raise ValueError(
                 f"{name} must be one value, or one for each of {len(self.rows)} params, got {got}"
             )
-        return iter([check(each, f"{name}[{k}]") for k, each in enumerate(values)])
+        try:
+            return iter([check(each, name) for each in values])
+        except (TypeError, ValueError):
+            return iter([check(each, f"{name}[{k}]") for k, each in enumerate(values)])
 
     def _write(self, k: int, values: tuple[Any, ...]) -> None:
-        row = self.rows[k]
+        self._checked[k], row = None, self.rows[k]
         checked = dict(zip(NAMES, values, strict=True))
-        if values != self._checked[k]:
-            self._checked[k] = None
-            label = "" if self.shared else f"for params[{k}], "
-            for dtype in self._dtypes[k]:
-                hyperparameters.check_fits(checked, dtype, label)
-            fill(row, checked)
-            largest = largest_lr(row, self._largest[k])
-            if not checked["lr"] <= largest:
-                raise ValueError(
-                    f"{label}lr must not exceed {largest:.4g}, where steps become infinite in the"
-                    f" parameters' dtype, got {checked['lr']!r}"
-                )
-            ema_decay = checked["ema_decay"]
-            row[ONE_MINUS_EMA_DECAY] = 0.0 if ema_decay is None else 1.0 - ema_decay
-            row[LR] = checked["lr"]
-            self._checked[k] = values
-        row[GRAD_FACTOR] = self.inverse * sign_of(checked)
+        label = "" if self.shared else f"for params[{k}], "
+        for dtype in self._dtypes[k]:
+            hyperparameters.check_fits(checked, dtype, label)
+        fill(row, checked)
+        largest = largest_lr(row, self._largest[k])
+        if not checked["lr"] <= largest:
+            raise ValueError(
+                f"{label}lr must not exceed {largest:.4g}, where steps become infinite in the"
+                f" parameters' dtype, got {checked['lr']!r}"
+            )
+        ema_decay = checked["ema_decay"]
+        row[ONE_MINUS_EMA_DECAY] = 0.0 if ema_decay is None else 1.0 - ema_decay
+        row[LR], self._signs[k] = checked["lr"], sign_of(checked)
+        self._checked[k] = values
 
 
-def _is_fixed(value: Any) -> bool:
-    if type(value) is tuple:
-        return {*map(type, value)} <= _FIXED
-    return type(value) in _FIXED
+def _items(value: Any) -> tuple[Any, ...] | None:
+    """Return what a value consists of, if it is of numbers, and they cannot change unseen."""
+    if type(value) in _FIXED:
+        return _UNKNOWN, value  # unlike a list of one
+    if isinstance(value, tuple | list) and {*map(type, value)} <= _FIXED:
+        return tuple(value)
+    return None
+
+
+def _same(items: tuple[Any, ...] | None, others: tuple[Any, ...]) -> bool:
+    return items is not None and len(items) == len(others) and all(map(is_, items, others))

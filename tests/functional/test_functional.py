@@ -198,6 +198,35 @@ def test_a_value_that_was_written_elsewhere_is_seen():
         kept.step(grads, lr=lrs)
 
 
+def test_lists_of_values_that_come_back(rng):
+    params = draw(rng, [(3,), (4,)])
+    theirs = [p.copy() for p in params]
+    opt, kept = fastadam.Adam([{"params": [p]} for p in theirs]), Engine(params)
+    a, b = 0.1, 0.2
+    for lrs in ([a, b], [a, b], [b, a], (a, b), np.array([a, b]), [a, b]):
+        grads = draw(rng, [(3,), (4,)])
+        kept.step(grads, lr=lrs, betas=(a, b))
+        for group, lr in zip(opt.param_groups, lrs, strict=True):
+            group["lr"], group["betas"] = float(lr), (a, b)
+        opt.step([[g] for g in grads])
+        for ours, other in zip(params, theirs, strict=True):
+            np.testing.assert_array_equal(ours, other)
+    with pytest.raises(ValueError, match="lr must be one value, or one for each of 2 params"):
+        kept.step(grads, lr=[a], betas=[(a, b), (a, b)])
+
+
+def test_a_rate_that_comes_back_with_another_tuple():
+    """As the one before: other objects, but the same numbers as before the quick way."""
+    kept, grads = engine(1)
+    theirs, same = engine(1)
+    first, second, a, b = 0.1, 0.2, 0.9, 0.95
+    one, other = (tuple(pair) for pair in ([a, b], [a, b]))
+    for lr, betas in [(first, one), (second, one), (first, other)]:
+        kept.step(grads, lr=lr, betas=betas)
+        theirs.step(same, lr=[lr])
+    assert kept.picture() == theirs.picture()
+
+
 def test_a_rate_that_comes_back(rng):
     """The quick way for a rate alone must not leave the slow one with an old one."""
     params = draw(rng, [(3,)])
