@@ -167,15 +167,24 @@ def adam(
     if limited:
         max_grad_norm = hyperparameters.check_max_grad_norm(max_grad_norm)
         nonfinite = hyperparameters.check_nonfinite(nonfinite)
+    values = (  # in the order of `settings.NAMES`
+        lr,
+        betas,
+        eps,
+        weight_decay,
+        decoupled_weight_decay,
+        maximize,
+        ema_decay,
+        grad_scale,
+    )
     backend = backends.host()
     key = backend.find_tables(given)
     if key == 0:  # other libraries' arrays, or none
         backend = backends.of(given[0])
         _check_lists(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, averages)
         if not given[0]:
-            new = lr, betas, eps, weight_decay, decoupled_weight_decay, maximize, ema_decay
-            settings = Settings([], shared=_are_shared(new))
-            settings.set((*new, grad_scale))
+            settings = Settings([], shared=_are_shared(values))
+            settings.set(values)
             return StepResult(0, settings.lr, 0.0) if limited else None
         given = backend.take_lists(given)
         key = backend.find_tables(given)
@@ -184,12 +193,12 @@ def adam(
     tables = _tables.pop(key, None)
     if tables is None or not tables.stepper.fit(given, zero_grad):
         _check_lists(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, averages)
-        new = lr, betas, eps, weight_decay, decoupled_weight_decay, maximize, ema_decay
-        tables, given = _renewed(tables, backend, given, zero_grad, shared=_are_shared(new))
+        shared = _are_shared(values)
+        tables, given = _renewed(tables, backend, given, zero_grad, shared=shared)
     try:
         # What is not the same object is checked. (To compare by == would let True pass for 1.0.)
         lr0, betas0, eps0, decay0, decoupled0, maximize0, ema0, scale0 = tables.settings.given
-        if not (
+        same = (
             lr is lr0
             and betas is betas0
             and eps is eps0
@@ -198,14 +207,13 @@ def adam(
             and maximize is maximize0
             and ema_decay is ema0
             and grad_scale is scale0
-        ):
-            new = lr, betas, eps, weight_decay, decoupled_weight_decay, maximize, ema_decay
-            if not tables.settings.set_lr((*new, grad_scale)):
-                shared = _are_shared(new)
-                if tables.settings.shared is not shared:
-                    given = backend.take_lists(given)
-                    tables = _Tables(backend, given, zero_grad, shared=shared)
-                tables.settings.set((*new, grad_scale))
+        )
+        if not (same or tables.settings.set_lr(values)):
+            shared = _are_shared(values)
+            if tables.settings.shared is not shared:
+                given = backend.take_lists(given)
+                tables = _Tables(backend, given, zero_grad, shared=shared)
+            tables.settings.set(values)
         if limited:
             return tables.stepper.limited_step(given, zero_grad, max_grad_norm, nonfinite)
         tables.stepper.step(given, zero_grad)
@@ -237,7 +245,7 @@ class _Tables:
 
 
 # By a number made of where parameters lie: an entry is not trusted before it has been compared
-# with the arrays. At most of some 100,000 arrays, or 4,700 calls of one: some 35 MB.
+# with the arrays. At most of some 100,000 arrays, or 4,700 calls of one: 60 MB.
 _tables: dict[int, _Tables] = {}
 _MOST = 100_000
 
@@ -261,6 +269,7 @@ def _renewed(
 
 
 def _are_shared(values: tuple[Any, ...]) -> bool:
+    """Whether no hyperparameter is one for each parameter."""
     return not any(map(is_listed, NAMES, values))
 
 

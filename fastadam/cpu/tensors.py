@@ -36,8 +36,7 @@ def _tensor_fits(tensor: Any, row: Any) -> Any:
     """Whether a DLTensor is of the dtype, shape and layout that its row of SEEN asks for."""
     element, ndim, in_c = row[field.ELEMENT], row[field.NDIM], row[field.MEMORY_ORDER] == C
     if (
-        peek(tensor + _DEVICE, _INT32) != _CPU
-        or peek(tensor + _ELEMENT, _INT32) != element
+        peek(tensor + _ELEMENT, _INT32) != element
         or peek(tensor + _NDIM, _INT32) != ndim
         or (peek(tensor, _INT64) + peek(tensor + _OFFSET, _INT64)) % (element >> 11 & 31) != 0
     ):
@@ -59,14 +58,15 @@ def _tensor_fits(tensor: Any, row: Any) -> Any:
 
 @intrinsics.inline
 def describe(array: Any, known_at: Any) -> Any:
-    """Return the address of the DLTensor of an array at ``id()``; 0 if it is none of torch's."""
+    """Return the address of a tensor's DLTensor; 0 if it is none of torch's on the CPU."""
     kind, known = peek(array + TYPE, _INT64), table(known_at, 1, field.KNOWN_SIZE, _INT64)[0]
     exchange, tensor = known[field.KNOWN_EXCHANGE], known_at + 8 * field.KNOWN_SIZE
     if exchange == 0 or not (
         kind == known[field.KNOWN_TENSOR] or kind == known[field.KNOWN_PARAMETER]
     ):
         return 0
-    return tensor if call_at(exchange, array, tensor) else 0
+    here = call_at(exchange, array, tensor) and peek(tensor + _DEVICE, _INT32) == _CPU
+    return tensor if here else 0
 
 
 @intrinsics.inline

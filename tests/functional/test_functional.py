@@ -478,6 +478,15 @@ def test_tensors_that_do_not_fit(torch):
         assert kept.picture_of(torch) == before
 
 
+def test_tensors_elsewhere_are_not_taken_for_the_hosts(torch):
+    """As those on a CUDA device: the host's backend must not find tables for them."""
+    given = ((torch.zeros(3, device="meta"),), *[None] * 5, None)
+    assert lists.find_tables(given) == 0
+    assert lists.find_tables(((torch.zeros(3), torch.zeros(3, device="meta")), *given[1:])) == 0
+    here = lists.find_tables(((torch.zeros(3),), *given[1:]))
+    assert (here != 0) == (tensors.known[field.KNOWN_EXCHANGE] != 0)
+
+
 def test_steps_as_torch_keeps_them(optional):
     """What the docstring says to do."""
     torch = optional("torch")
