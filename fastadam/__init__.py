@@ -12,6 +12,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from . import checkpoint as checkpoint
+    from . import functional as functional
     from . import schedules as schedules
     from . import torch as torch
     from .checkpoint import CheckpointError, load, save
@@ -25,6 +26,7 @@ __all__ = [
     "checkpoint",
     "compile",
     "from_objects",
+    "functional",
     "load",
     "objects",
     "save",
@@ -45,10 +47,13 @@ def __getattr__(name: str) -> Any:
     with kernel_lock:
         if name == "schedules":
             import fastadam.schedules as module
+        elif name == "functional":
+            import fastadam.functional as module
         elif name == "torch":
             import fastadam.torch as module
         elif name in ("checkpoint", "CheckpointError", "load", "save"):
             import fastadam.checkpoint as module
         else:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return module if name in ("schedules", "torch", "checkpoint") else getattr(module, name)
+    whole = name in ("functional", "schedules", "torch", "checkpoint")
+    return module if whole else getattr(module, name)

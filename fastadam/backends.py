@@ -12,6 +12,7 @@ from .runtime import kernel_lock, signals_deferred
 from .state.param_state import ParamState
 from .update.result import StepResult
 from .update.scalars import Scalars
+from .update.settings import Settings
 
 
 class Stepper(Protocol):
@@ -53,6 +54,29 @@ class Stepper(Protocol):
         """
 
 
+class ListStepper(Protocol):
+    """Takes steps of arrays that come with each of them, as long as they are the same.
+
+    They are given as a tuple: for parameters, gradients and each of `state.roles.ROLES` a
+    tuple of arrays, or None; then the array of step counts.
+    """
+
+    def fit(self, given: tuple[Any, ...], writable: bool) -> bool:
+        """Note where gradients and counts lie, if all else is as it was; say whether."""
+
+    def step(self, grads: tuple[Any, ...], zero_grad: bool) -> int:
+        """Take a step with what has been noted last."""
+
+    def limited_step(
+        self,
+        grads: tuple[Any, ...],
+        zero_grad: bool,
+        max_grad_norm: float | None,
+        nonfinite: str,
+    ) -> StepResult:
+        """Take a step for which the norm of the gradients is needed."""
+
+
 class Backend(Protocol):
     """The module of a place where arrays are: `cpu.backend`, or `cuda.backend`.
 
@@ -88,6 +112,20 @@ class Backend(Protocol):
         each has had.
         """
 
+    def find_tables(self, given: tuple[Any, ...]) -> int:
+        """Return a number made of where the parameters lie; 0 if lists must be taken first."""
+
+    def take_lists(self, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the same with what stands for each array in this backend."""
+
+    def make_list_stepper(
+        self, given: tuple[Any, ...], writable: bool, shared: bool
+    ) -> tuple[ListStepper, Settings]:
+        """Return what takes steps of such arrays, and its hyperparameters.
+
+        ``shared`` says whether all parameters have the same.
+        """
+
 
 def of(params: Sequence[Any]) -> Backend:
     """Return the backend of the place where parameters live: where the first does.
@@ -98,6 +136,12 @@ def of(params: Sequence[Any]) -> Backend:
         If it is a CUDA device, and what that needs is not installed.
     """
     return _imported(bool(params) and on_device(params[0]))
+
+
+@functools.cache
+def host() -> Backend:
+    """Return the backend of NumPy's arrays."""
+    return _imported(False)
 
 
 @functools.cache

@@ -148,3 +148,36 @@ class Denormal(_Step):
 
     def time_step(self, *_):
         self.opt.step(self.grad)
+
+
+class Functional:
+    """`functional.adam` beside `Adam.step`, of which it is to cost no more.
+
+    "calls" is as of an engine with an optimizer for each of 100 parameters, called in turn.
+    """
+
+    param_names = ("way", "shapes")
+    params = (["Adam.step", "functional"], ["micro", "many", "20M", "calls"])
+    sample_time = 0.05
+    timeout = 300
+
+    def setup(self, way, name):
+        from fastadam import functional
+        from fastadam.bench.workloads import draw
+
+        lists = [[(4,)]] * 100 if name == "calls" else [shapes_of(name)]
+        self.calls = []
+        for shapes in lists:
+            params, grads = draw(shapes, "float32")
+            if way == "Adam.step":
+                self.calls.append((fastadam.Adam(params).step, (grads,), {}))
+                continue
+            state = [[np.zeros_like(param) for param in params] for _ in range(2)]
+            steps = np.zeros(len(params), dtype=np.int64)
+            self.calls.append((functional.adam, (params, grads, *state), {"steps": steps}))
+        for _ in range(2):
+            self.time_step()
+
+    def time_step(self, *_):
+        for step, arguments, options in self.calls:
+            step(*arguments, **options)

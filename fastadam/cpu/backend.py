@@ -11,14 +11,20 @@ from ..state.param_state import ParamState
 from ..state.storage import allocate
 from ..update.rows import Rows
 from ..update.scalars import Scalars
+from ..update.settings import Settings
+from . import lists
 from .gradients import Gradients
+from .lists import ListStepper
 from .stepper import Stepper
 
 __all__ = [
     "allocate",
     "assign",
     "check_copyable",
+    "find_tables",
+    "make_list_stepper",
     "make_stepper",
+    "take_lists",
     "take_param",
     "to_host",
 ]
@@ -34,6 +40,17 @@ def make_stepper(
     """Return what takes the steps of these parameters."""
     rows = Rows.of(states, address, steps)
     return Stepper(rows, scalars, Gradients(states, labels, rows), step_count)
+
+
+def make_list_stepper(
+    given: tuple[Any, ...], writable: bool, shared: bool
+) -> tuple[ListStepper, Settings]:
+    """Return what takes steps of arrays that come with each, and its hyperparameters."""
+    settings = Settings([param.dtype for param in given[0]], shared=shared)
+    return ListStepper(given, writable, settings), settings
+
+
+find_tables, take_lists = lists.find_tables, lists.plain
 
 
 def take_param(array: Any, label: str) -> npt.NDArray[Any]:

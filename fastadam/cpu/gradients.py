@@ -48,15 +48,10 @@ class Gradients:
         # NumPy refuses to resize, and so to move, an array that has a weak reference.
         self._pins = [weakref.ref(array) for array in arrays.values()]
         # Any array of ours has the shape and the memory order that the parameter had.
-        self._models = [next(iter(state.own.values())) for state in states]
-        self._seen = np.zeros((len(states), field.SEEN_COLUMNS), dtype=np.int64)
+        models = [next(iter(state.own.values())) for state in states]
+        self._seen, self._shapes = numpy_structs.new_seen(models)
+        self._seen[:, field.OBJECT] = [id(state.param) for state in states]
         self._odd = np.zeros(len(states) + 1, dtype=np.int64)
-        for k, (row, state, model) in enumerate(
-            zip(self._seen, states, self._models, strict=True)
-        ):
-            row[field.OBJECT], row[field.MODEL] = id(state.param), id(model)
-            row[field.DTYPE_MARK] = dtype_mark(state.param.dtype)
-            row[field.BYTES], row[field.ORDER] = state.param.nbytes, k
         self.fields = {
             field.SEEN: address(self._seen),
             field.OWN_MEMORY: address(self._memory.blocks),

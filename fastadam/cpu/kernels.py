@@ -70,12 +70,16 @@ def prepare(fields: Any, tensors: Any, scalars: Any, clip: Any, tiny: Any) -> No
     multiplied by ``clip``; ``tiny`` is the smallest normal number of their type.
     """
     groups = table(fields[field.GROUPS], fields[field.GROUP_COUNT], layout.GROUP_COLUMNS, _FLOAT64)
+    place = table(fields[field.COUNTS], 1, 2, _INT64)[0]
+    counts = table(
+        place[field.COUNTS_ADDRESS], tensors.shape[0], place[field.COUNTS_WIDTH], _INT64
+    )
     row, group, step = -1, -1, -1
     for t in range(tensors.shape[0]):
         if tensors[t, layout.DTYPE] == fields[field.OWN_DTYPE] and tensors[t, GRAD] != 0:
-            tensors[t, layout.STEP] += 1
-            if row < 0 or tensors[t, layout.GROUP] != group or tensors[t, layout.STEP] != step:
-                row, group, step = row + 1, tensors[t, layout.GROUP], tensors[t, layout.STEP]
+            counts[t, 0] += 1
+            if row < 0 or tensors[t, layout.GROUP] != group or counts[t, 0] != step:
+                row, group, step = row + 1, tensors[t, layout.GROUP], counts[t, 0]
                 g = groups[group]
                 values = step_scalars(
                     g[layout.LR], g[layout.BETA1], g[layout.BETA2], g[layout.EPS],

@@ -10,11 +10,13 @@ stale. What it does not find as expected, and no more, is left to the checks in 
 import ctypes
 import functools
 import pickle
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from ..params.arrays import DTYPE_MARK_OFFSET, dtype_mark
+from ..params.arrays import DTYPE_MARK_OFFSET, address, dtype_mark
 from ..update import layout
 from . import intrinsics
 from . import layout as field
@@ -23,29 +25,27 @@ from .intrinsics import peek, table
 # PyArrayObject_fields on 64-bit machines: PyObject_HEAD, whose last member is the
 # type; data, nd (int), dimensions, strides, base, descr, flags (int).
 _HEAD = object.__basicsize__
-_TYPE, _DATA, _NDIM, _DIMENSIONS = _HEAD - 8, _HEAD, _HEAD + 8, _HEAD + 16
+TYPE, DATA, NDIM, DIMENSIONS = _HEAD - 8, _HEAD, _HEAD + 8, _HEAD + 16
 _DESCR, _FLAGS = _HEAD + 40, _HEAD + 48
-_C, _F, _ALIGNED, _WRITEABLE = 0x1, 0x2, 0x100, 0x400
-# PyTupleObject: its items come last.
-_ITEMS = tuple.__basicsize__
+C, F, _ALIGNED, _WRITEABLE = 0x1, 0x2, 0x100, 0x400
+# PyTupleObject: PyObject_HEAD, then its length; its items come last.
+LENGTH, ITEMS = _HEAD, tuple.__basicsize__
 
 _INT64, _INT32 = np.int64(0), np.int32(0)
 
 
 @intrinsics.inline
 def fits(array: Any, row: Any, writable: Any) -> Any:
-    """Whether an array at ``id()`` is of its parameter's dtype, shape and layout."""
-    model = row[field.MODEL]
-    order = _C if peek(model + _FLAGS, _INT32) & _C else _F
-    needed = order | _ALIGNED | (_WRITEABLE if writable else 0)
-    ndim = peek(model + _NDIM, _INT32)
+    """Whether an array at ``id()`` is of the dtype, shape and layout that its row asks for."""
+    needed = row[field.MEMORY_ORDER] | _ALIGNED | (_WRITEABLE if writable else 0)
+    ndim = row[field.NDIM]
     if (
         peek(array + _FLAGS, _INT32) & needed != needed
         or peek(peek(array + _DESCR, _INT64) + DTYPE_MARK_OFFSET, _INT64) != row[field.DTYPE_MARK]
-        or peek(array + _NDIM, _INT32) != ndim
+        or peek(array + NDIM, _INT32) != ndim
     ):
         return False
-    wanted, given = peek(model + _DIMENSIONS, _INT64), peek(array + _DIMENSIONS, _INT64)
+    wanted, given = row[field.SHAPE], peek(array + DIMENSIONS, _INT64)
     for axis in range(ndim):
         if peek(wanted + 8 * axis, _INT64) != peek(given + 8 * axis, _INT64):
             return False
@@ -120,14 +120,14 @@ def look(context: Any, grads: Any, writable: Any) -> Any:
     odd = table(fields[field.ODD], 1, total + 1, _INT64)[0]
     for t in range(total):
         row = seen[t]
-        param, grad, start = row[field.OBJECT], peek(grads + _ITEMS + 8 * t, _INT64), 0
-        usual = peek(param + _DATA, _INT64) == tensors[t, layout.PARAM] and fits(param, row, True)
+        param, grad, start = row[field.OBJECT], peek(grads + ITEMS + 8 * t, _INT64), 0
+        usual = peek(param + DATA, _INT64) == tensors[t, layout.PARAM] and fits(param, row, True)
         if usual and grad != fields[field.NONE]:
-            usual = peek(grad + _TYPE, _INT64) == fields[field.NDARRAY] and fits(
+            usual = peek(grad + TYPE, _INT64) == fields[field.NDARRAY] and fits(
                 grad, row, writable
             )
             if usual:
-                start = peek(grad + _DATA, _INT64)
+                start = peek(grad + DATA, _INT64)
         if not usual:
             count += 1
             odd[count] = t
@@ -148,6 +148,22 @@ def accept(fields: Any, tensors: Any, seen: Any) -> Any:
     return True
 
 
+def new_seen(arrays: Sequence[npt.NDArray[Any]]) -> tuple[npt.NDArray[np.int64], Any]:
+    """Return the table SEEN for what must be as these arrays are, and the shapes it points to."""
+    seen = np.zeros((len(arrays), field.SEEN_COLUMNS), dtype=np.int64)
+    shapes = np.array([length for array in arrays for length in array.shape], dtype=np.int64)
+    start = address(shapes)
+    for k, (row, array) in enumerate(zip(seen, arrays, strict=True)):
+        row[field.NDIM], row[field.SHAPE] = array.ndim, start
+        row[field.MEMORY_ORDER] = C if array.flags.c_contiguous else F
+        row[field.DTYPE_MARK] = dtype_mark(array.dtype)
+        # DLPack's code, 2 for a float, then bits, then lanes.
+        row[field.ELEMENT] = (2 if array.dtype.kind == "f" else 0) + 2048 * array.itemsize + 65536
+        row[field.BYTES], row[field.ORDER] = array.nbytes, k
+        start += 8 * array.ndim
+    return seen, shapes
+
+
 @functools.cache
 def works() -> bool:
     """Whether the structures are the ones described here, tried on a few objects."""
@@ -157,7 +173,7 @@ def works() -> bool:
     locked = np.zeros(3, dtype=np.float32)
     locked.flags.writeable = False
     samples = (np.zeros(()), np.zeros(4), square, square.T, square[:, :1], locked)
-    if _peek(id(samples) + _ITEMS + 8) != id(samples[1]):
+    if _peek(id(samples) + LENGTH) != 6 or _peek(id(samples) + ITEMS + 8) != id(samples[1]):
         return False
     # Other objects for a dtype, and another byte order.
     single = np.dtype(np.float32)
@@ -165,13 +181,13 @@ def works() -> bool:
     if dtype_mark(same) != dtype_mark(single) or dtype_mark(other) == dtype_mark(single):
         return False
     for array in samples:
-        dimensions = _peek(id(array) + _DIMENSIONS)
+        dimensions = _peek(id(array) + DIMENSIONS)
         shape = tuple(_peek(dimensions + 8 * axis) for axis in range(array.ndim))
-        flags = _peek(id(array) + _FLAGS) & (_C | _F | _ALIGNED | _WRITEABLE)
+        flags = _peek(id(array) + _FLAGS) & (C | F | _ALIGNED | _WRITEABLE)
         found = (
-            _peek(id(array) + _TYPE),
-            _peek(id(array) + _DATA),
-            _peek(id(array) + _NDIM) & 0xFFFFFFFF,
+            _peek(id(array) + TYPE),
+            _peek(id(array) + DATA),
+            _peek(id(array) + NDIM) & 0xFFFFFFFF,
             shape,
             _peek(_peek(id(array) + _DESCR) + DTYPE_MARK_OFFSET),
             flags,
@@ -182,7 +198,7 @@ def works() -> bool:
             array.ndim,
             array.shape,
             dtype_mark(array.dtype),
-            array.flags.num & (_C | _F | _ALIGNED | _WRITEABLE),
+            array.flags.num & (C | F | _ALIGNED | _WRITEABLE),
         )
         if found != expected:
             return False

@@ -5,7 +5,7 @@ import math
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +18,28 @@ from ..update.limits import clip_coefficient, is_exact, scale_for
 from ..update.result import StepResult
 from ..update.rows import Rows
 from ..update.scalars import Scalars
-from . import kernels
+from ..update.settings import Settings
+from . import intrinsics, kernels
 from . import layout as field
 from .context import Context
-from .gradients import Gradients
+
+
+class Source(Protocol):
+    """Where a step's gradients come from: `Gradients`, or `lists.Lists`."""
+
+    fields: dict[int, int]
+    compiled: bool
+
+    def take(self, context: int, grads: tuple[Any, ...], writable: bool) -> tuple[Any, ...]:
+        """Check the gradients and note where they are."""
+
+    def take_unusual(
+        self, context: int, grads: tuple[Any, ...], writable: bool
+    ) -> tuple[Any, ...]:
+        """Do the same where a kernel has refused some."""
+
+    def nonfinite_message(self, grads: tuple[Any, ...], factor: float) -> str | None:
+        """Return a message on the first element that, times a factor, is not finite."""
 
 
 class Stepper:
@@ -31,9 +49,9 @@ class Stepper:
     ----------
     rows : Rows
         Where parameters and state are. The kernels count steps in it.
-    scalars : Scalars
+    scalars : Scalars or Settings
         The groups' hyperparameters, read in every step.
-    gradients : Gradients
+    gradients : Source
         Notes where the gradients are.
     step_count : int
         Steps of the optimizer.
@@ -47,15 +65,18 @@ class Stepper:
     """
 
     def __init__(
-        self, rows: Rows, scalars: Scalars, gradients: Gradients, step_count: int
+        self, rows: Rows, scalars: Scalars | Settings, gradients: Source, step_count: int
     ) -> None:
         self._rows, self._scalars, self._gradients = rows, scalars, gradients
         self.step_count = np.array([step_count], dtype=np.int64)
+        place = address(rows.table) + 8 * layout.STEP
+        self._counts = np.array([place, layout.TENSOR_COLUMNS], dtype=np.int64)
         shared = {
             field.TENSORS: address(rows.table),
             field.TENSOR_COUNT: len(rows.table),
             field.GROUPS: address(scalars.rows),
             field.GROUP_COUNT: len(scalars.rows),
+            field.COUNTS: address(self._counts),
             **gradients.fields,
         }
         # Only the first dtype's kernel counts the optimizer's step.
@@ -80,7 +101,9 @@ class Stepper:
         for context in self.contexts:
             context.parallel &= parallel_works()
         parallel = [context.parallel for context in self.contexts]
-        self._in_one_call = self._gradients.compiled and parallel == [False]
+        # One call of a kernel that holds the GIL: nobody can come in between.
+        self._serial = parallel == [False]
+        self._in_one_call = self._gradients.compiled and self._serial
         self._updates: dict[bool, list[Any]] = {}
 
     @property
@@ -101,7 +124,10 @@ class Stepper:
         """Return the update kernel for each dtype."""
         updates = self._updates.get(zero_grad)
         if updates is None:
-            updates = [self._update_kernel(context, zero_grad) for context in self.contexts]
+            updates = [
+                intrinsics.entry_point(self._update_kernel(context, zero_grad))
+                for context in self.contexts
+            ]
             self._updates[zero_grad] = updates
         return updates
 
@@ -146,7 +172,9 @@ class Stepper:
 
         The gradients are multiplied by ``clip``.
         """
-        updates = self._update_kernels(zero_grad)
+        updates = self._updates.get(zero_grad) or self._update_kernels(zero_grad)
+        if self._serial:
+            return updates[0](self._context, 0, clip) - 1  # type: ignore[no-any-return]
         with kernel_lock:
             if len(updates) == 1:
                 return updates[0](self._context, 0, clip) - 1  # type: ignore[no-any-return]

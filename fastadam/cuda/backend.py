@@ -9,16 +9,22 @@ import numpy.typing as npt
 from ..state.param_state import ParamState
 from ..update.rows import Rows
 from ..update.scalars import Scalars
+from ..update.settings import Settings
+from . import lists
 from .arrays import DeviceArray, address, allocate, view
 from .compiler import driver
 from .gradients import Gradients
+from .lists import ListStepper
 from .stepper import Stepper
 
 __all__ = [
     "allocate",
     "assign",
     "check_copyable",
+    "find_tables",
+    "make_list_stepper",
     "make_stepper",
+    "take_lists",
     "take_param",
     "to_host",
 ]
@@ -35,6 +41,19 @@ def make_stepper(
     device = max(0, *(state.param.device for state in states))
     rows = Rows.of(states, address, steps)
     return Stepper(rows, scalars, Gradients(states, labels), step_count, device)
+
+
+find_tables, take_lists = lists.find_tables, lists.take_lists
+
+
+def make_list_stepper(
+    given: tuple[Any, ...],
+    writable: bool,  # noqa: ARG001
+    shared: bool,
+) -> tuple[ListStepper, Settings]:
+    """Return what takes steps of arrays that come with each, and its hyperparameters."""
+    stepper = ListStepper(given, shared)
+    return stepper, stepper.settings
 
 
 def take_param(array: Any, label: str) -> DeviceArray:

@@ -38,7 +38,7 @@ def check_param(array: Any, label: str) -> None:
         )
     if not array.flags.writeable:
         raise ValueError(f"{label} must be writable, got a read-only {_kind_of_memory(array)}")
-    _check_layout(array, label)
+    check_layout(array, label)
 
 
 def take_grad(
@@ -57,9 +57,9 @@ def take_grad(
         If it differs from the parameter in shape or memory order, or is
         read-only and must be ``writable``.
     """
-    array = _as_array(grad, label)
+    array = as_plain(grad, label)
     check_alike(array, param, label, on_host=True)
-    _check_layout(array, label, param)
+    check_layout(array, label, param)
     same_order = array.flags.c_contiguous if param.flags.c_contiguous else array.flags.f_contiguous
     if not same_order:
         order = "C" if param.flags.c_contiguous else "Fortran"
@@ -80,8 +80,14 @@ class _Interface:
         self.owner, self.__array_interface__ = owner, owner.__array_interface__
 
 
-def _as_array(grad: Any, label: str) -> npt.NDArray[Any]:
-    """Return a plain array over a gradient's memory, without a copy."""
+def as_plain(grad: Any, label: str) -> npt.NDArray[Any]:
+    """Return another library's array as a plain one over the same memory, without a copy.
+
+    Raises
+    ------
+    TypeError
+        If it is no array in the host's memory.
+    """
     kind, name = type(grad), kind_of(grad)
     if isinstance(grad, np.ndarray) and not isinstance(grad, MaskedArray):
         plain: npt.NDArray[Any] = grad.view(np.ndarray)  # without what a subclass overrides
@@ -139,9 +145,10 @@ def hint(thing: Any) -> str:
     return _HINTS.get(kind.partition(".")[0], "")
 
 
-def _check_layout(
+def check_layout(
     array: npt.NDArray[Any], label: str, like: npt.NDArray[Any] | None = None
 ) -> None:
+    """Refuse an array with gaps, or off the alignment of its elements."""
     if not (array.flags.c_contiguous or array.flags.f_contiguous):
         raise ValueError(
             f"{label} must be contiguous, in C or Fortran order, got strides"

@@ -19,7 +19,7 @@ def check_betas(value: Any, name: str) -> tuple[float, float]:
     return first, second
 
 
-_CHECKS: dict[str, Callable[[Any, str], Any]] = {
+CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "lr": checks.real,
     "betas": check_betas,
     "eps": checks.real,
@@ -27,7 +27,7 @@ _CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "decoupled_weight_decay": checks.flag,
     "maximize": checks.flag,
 }
-NAMES = tuple(_CHECKS)
+NAMES = tuple(CHECKS)
 NONFINITE: tuple[Nonfinite, ...] = get_args(Nonfinite)
 
 
@@ -48,7 +48,7 @@ def check_options(options: Mapping[str, Any], label: str = "") -> dict[str, Any]
     ValueError
         For a value out of range or NaN.
     """
-    return {name: check(options[name], f"{label}{name}") for name, check in _CHECKS.items()}
+    return {name: check(options[name], f"{label}{name}") for name, check in CHECKS.items()}
 
 
 def check_fits(options: Mapping[str, Any], dtype: np.dtype[Any], label: str = "") -> None:
@@ -88,6 +88,6 @@ def check_nonfinite(value: object) -> Nonfinite:
     return checks.choice(value, "nonfinite", NONFINITE)
 
 
-def check_ema_decay(value: object) -> float | None:
+def check_ema_decay(value: object, name: str = "ema_decay") -> float | None:
     """Return the decay as a float in [0, 1), or None, or raise."""
-    return checks.real_or_none(value, "ema_decay", "in [0, 1)")
+    return checks.real_or_none(value, name, "in [0, 1)")

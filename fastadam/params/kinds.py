@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+_NUMPYS = (np.ndarray, np.generic)
 # What an array has, that lives on a device or is another library's.
 _INTERFACES = ("__cuda_array_interface__", "data_ptr", "__dlpack_device__", "__cuda_ndarray__")
 
@@ -18,7 +19,7 @@ def is_array(thing: Any) -> bool:
 
 def on_device(array: Any) -> bool:
     """Whether an array is on a CUDA device, told without what CUDA needs."""
-    if isinstance(array, np.ndarray | np.generic) or not is_array(array):
+    if isinstance(array, _NUMPYS) or not is_array(array):
         return False
     library = type(array).__module__.partition(".")[0]
     if library in ("jax", "jaxlib"):

@@ -22,6 +22,8 @@ class Role:
         The optimizer's option that asks for it; None if it is always kept.
     starts_as : {"zeros", "param"}
         What it holds before the first step.
+    argument : str
+        What `fastadam.functional` calls a list of them.
     stored_as : {"param"}
         Its element type: the parameter's.
     """
@@ -29,14 +31,15 @@ class Role:
     name: str
     option: str | None
     starts_as: Literal["zeros", "param"]
+    argument: str
     stored_as: Literal["param"] = "param"
 
 
 ROLES = (
-    Role("exp_avg", None, "zeros"),
-    Role("exp_avg_sq", None, "zeros"),
-    Role("max_exp_avg_sq", "amsgrad", "zeros"),
-    Role("ema", "ema_decay", "param"),
+    Role("exp_avg", None, "zeros", "exp_avgs"),
+    Role("exp_avg_sq", None, "zeros", "exp_avg_sqs"),
+    Role("max_exp_avg_sq", "amsgrad", "zeros", "max_exp_avg_sqs"),
+    Role("ema", "ema_decay", "param", "averages"),
 )
 NAMES = tuple(role.name for role in ROLES)
 # What a checkpoint may hold of a parameter: itself, and its state.

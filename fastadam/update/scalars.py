@@ -1,6 +1,6 @@
 """The scalars of a step: each group's hyperparameters, checked, in float64."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,11 +39,11 @@ class Scalars:
         self._dtypes = groups.dtypes()
         # Of each group: the largest number of its smallest dtype, and the largest learning
         # rate that leads to no larger step.
-        self._largest = [min(_limits("max", d), default=np.inf) for d in self._dtypes]
+        self._largest = [min(limits("max", d), default=np.inf) for d in self._dtypes]
         self._largest_lr = list(self._largest)
         # The largest number of the smallest dtype of all groups.
         self.largest = min(self._largest, default=np.inf)
-        self._tiny = max(_limits("tiny", set().union(*self._dtypes)), default=0.0)
+        self._tiny = max(limits("tiny", set().union(*self._dtypes)), default=0.0)
         self._lrs, self._signs = [0.0] * len(self._options), [1.0] * len(self._options)
         # What the rows were last made for: factor on lr, factor on the gradients.
         self._made_for: tuple[float, float] | None = None
@@ -73,7 +73,7 @@ class Scalars:
             step = int(step_count[0])
             factor = checks.real(schedule(step), f"schedule({step})")
         if type(grad_scale) is not float or grad_scale != 1.0:
-            inverse = self._invert(grad_scale)
+            inverse = invert(grad_scale, self._tiny, self.largest)
         self.inverse = inverse
         for options in self._options:
             if options.touched:
@@ -119,27 +119,48 @@ class Scalars:
         checked = hyperparameters.check_options(options, label)
         for dtype in self._dtypes[k]:
             hyperparameters.check_fits(checked, dtype, label)
-        decay, decoupled = checked["weight_decay"], checked["decoupled_weight_decay"]
-        self._lrs[k], self._signs[k] = checked["lr"], -1.0 if checked["maximize"] else 1.0
-        row = self.rows[k]
-        row[BETA1], row[BETA2] = checked["betas"]
-        row[EPS] = checked["eps"]
-        row[L2], row[WEIGHT_DECAY] = (0.0, decay) if decoupled else (decay, 0.0)
-        # step_size is at most lr/(1-beta1), and 1-decay is lr*weight_decay.
-        self._largest_lr[k] = self._largest[k] * (1.0 - row[BETA1]) / max(1.0, row[WEIGHT_DECAY])
+        self._lrs[k], self._signs[k] = checked["lr"], sign_of(checked)
+        fill(self.rows[k], checked)
+        self._largest_lr[k] = largest_lr(self.rows[k], self._largest[k])
         if type(options["betas"]) is not tuple:  # a list could change unnoticed
             options["betas"] = checked["betas"]
 
-    def _invert(self, grad_scale: float) -> float:
-        """Return what the gradients are multiplied by, or raise."""
-        inverse = 1.0 / checks.real(grad_scale, "grad_scale", "finite and > 0")
-        if not self._tiny <= inverse <= self.largest:
-            raise ValueError(
-                f"1/grad_scale must be in [{self._tiny:.4g}, {self.largest:.4g}], the normal"
-                f" numbers of the parameters' dtype, got {grad_scale!r}"
-            )
-        return inverse
+
+def sign_of(checked: Mapping[str, Any]) -> float:
+    """Return what gradients are multiplied by, to step down or up."""
+    return -1.0 if checked["maximize"] else 1.0
 
 
-def _limits(name: str, dtypes: set[np.dtype[Any]]) -> list[float]:
+def fill(row: npt.NDArray[np.float64], checked: Mapping[str, Any]) -> None:
+    """Write what does not differ from step to step; see `layout`."""
+    decay = checked["weight_decay"]
+    row[BETA1], row[BETA2] = checked["betas"]
+    row[EPS] = checked["eps"]
+    row[L2], row[WEIGHT_DECAY] = (
+        (0.0, decay) if checked["decoupled_weight_decay"] else (decay, 0.0)
+    )
+
+
+def largest_lr(row: npt.NDArray[np.float64], largest: float) -> float:
+    """Return the learning rate that leads beyond the largest number of the parameters' dtype."""
+    # step_size is at most lr/(1-beta1), and 1-decay is lr*weight_decay.
+    return float(largest * (1.0 - row[BETA1]) / max(1.0, row[WEIGHT_DECAY]))
+
+
+def invert(grad_scale: float, tiny: float, largest: float) -> float:
+    """Return what the gradients are multiplied by, or raise.
+
+    ``tiny`` and ``largest`` are the ends of the normal numbers of the parameters' dtypes.
+    """
+    inverse = 1.0 / checks.real(grad_scale, "grad_scale", "finite and > 0")
+    if not tiny <= inverse <= largest:
+        raise ValueError(
+            f"1/grad_scale must be in [{tiny:.4g}, {largest:.4g}], the normal"
+            f" numbers of the parameters' dtype, got {grad_scale!r}"
+        )
+    return inverse
+
+
+def limits(name: str, dtypes: Iterable[np.dtype[Any]]) -> list[float]:
+    """Return the smallest normal number, "tiny", or the largest, "max", of each dtype."""
     return [float(getattr(np.finfo(dtype), name)) for dtype in dtypes]

@@ -26,7 +26,7 @@ from numba import config
 from oracle import Reference, clip_coefficient, global_norm
 
 import fastadam
-from fastadam import StepResult
+from fastadam import StepResult, functional
 from fastadam.cuda import backend, compiler, kernels, results, stepper
 from fastadam.cuda.arrays import DeviceArray, current_stream, view
 from fastadam.cuda.compiler import cuda, intrinsics
@@ -148,6 +148,100 @@ def like(rng, params):
         g if p.flags.c_contiguous else np.asfortranarray(g)
         for g, p in zip(found, params, strict=True)
     ]
+
+
+# Lists of arrays, by `fastadam.functional`.
+
+
+class Lists:
+    """Lists over NumPy arrays and over a device's; what is done to one, to both."""
+
+    def __init__(self, params, wrap=InterfaceArray):
+        zeros = [np.zeros_like(p) for p in params]
+        start = [params, *([placed(z) for z in zeros] for _ in range(3)), params]
+        self.wrap, self.steps = wrap, [np.zeros(len(params), np.int64) for _ in range(2)]
+        self.host, self.device = ([[placed(a) for a in some] for some in start] for _ in range(2))
+
+    def step(self, grads, **options):
+        options = {"ema_decay": 0.75, **options}
+        told = []
+        both = []
+        for lists, wrap, steps in zip(
+            (self.host, self.device), (lambda a: a, self.wrap), self.steps, strict=True
+        ):
+            own = [None if g is None else placed(g) for g in grads]
+            wrapped = [[None if a is None else wrap(a) for a in some] for some in (own, *lists)]
+            given = [wrapped[1], wrapped[0], *wrapped[2:]]
+            told.append(attempt(functional.adam, *given, steps=steps, **options))
+            both.append(own)
+        assert told[0] == told[1]
+        for ours, theirs in zip((*self.device, both[1]), (*self.host, both[0]), strict=True):
+            check_same([a for a in ours if a is not None], [a for a in theirs if a is not None])
+        assert self.steps[0].tolist() == self.steps[1].tolist()
+        return told[0]
+
+
+@pytest.mark.parametrize("dtypes", [("f4",), ("f8", "f4")], ids="+".join)
+def test_lists(rng, dtypes, wrap):
+    params = draws(rng, [(3, 7), (4, 5), (), (0, 3)], dtypes)
+    params[1] = np.asfortranarray(params[1])
+    lists = Lists(params, wrap)
+    functional._tables.clear()
+    for step in range(4):
+        grads = like(rng, params)
+        if step == 1:
+            grads[0] = grads[2] = None
+        lists.step(grads, lr=0.1 * step, grad_scale=1.5, zero_grad=step == 2)
+    assert len(functional._tables) == 2  # made once for each side
+    # Counts that are written, hyperparameters for each.
+    for steps in lists.steps:
+        steps[...] = [7, 0, 2, 2]
+    lrs = [0.1, 0.2, 0.3, 0.4]
+    lists.step(like(rng, params), lr=lrs, weight_decay=[0.1, 0.0, 0.2, 0.0])
+    assert lists.steps[1].tolist() == [8, 1, 3, 3]
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip", "raise"])
+def test_lists_with_norms(rng, nonfinite):
+    params = draws(rng, [(5,), (3,)])
+    lists = Lists(params)
+    for step in range(4):
+        grads = like(rng, params)
+        if step == 2:
+            grads[1][1] = np.inf
+        told = lists.step(grads, max_grad_norm=1.0, nonfinite=nonfinite, weight_decay=0.1)
+        if nonfinite == "raise" and step == 2:
+            assert "grads[1] must be finite" in told
+    assert lists.steps[1].tolist() == [4 - (nonfinite != "propagate")] * 2
+
+
+def test_lists_keep_nothing_and_check_everything(monkeypatch):
+    pretend_torch(monkeypatch)
+    functional._tables.clear()
+    param, grad, exp_avg, exp_avg_sq = (Tensor(placed(np.ones(5, "f4"))) for _ in range(4))
+    steps = np.zeros(1, np.int64)
+    functional.adam([param], [grad], [exp_avg], [exp_avg_sq], steps=steps)
+    param.move()  # found by its address
+    functional.adam([param], [grad], [exp_avg], [exp_avg_sq], steps=steps)
+    assert steps[0] == 2
+    assert len(functional._tables) == 2
+    before = bits(param.array)
+    for state, error, message in [
+        (np.ones(4, "f4"), ValueError, r"exp_avgs\[0\]\.shape must be its parameter's"),
+        (np.ones(5, "f8"), TypeError, r"exp_avgs\[0\]\.dtype must be its parameter's"),
+        (exp_avg_sq.array, ValueError, r"exp_avgs\[0\] and exp_avg_sqs\[0\] must not share mem"),
+        (param.array, ValueError, r"params\[0\] and exp_avgs\[0\] must not share memory"),
+    ]:
+        with pytest.raises(error, match=message):
+            functional.adam([param], [grad], [Tensor(state)], [exp_avg_sq], steps=steps)
+    with pytest.raises(ValueError, match=r"grads\[0\] must not share memory with exp_avgs\[0\]"):
+        functional.adam([param], [exp_avg], [exp_avg], [exp_avg_sq], steps=steps)
+    assert bits(param.array) == before
+    assert steps[0] == 2
+    arrays = [weakref.ref(each) for each in (param, grad, exp_avg, exp_avg_sq)]
+    del param, grad, exp_avg, exp_avg_sq, state
+    gc.collect()
+    assert not any(each() is not None for each in arrays)
 
 
 # The update: sizes, alignments, options.

@@ -11,8 +11,11 @@ import pytest
 CASES = Path(__file__).with_name("simulator_cases.py")
 TESTS = CASES.parents[1]
 # All of them take minutes: a sample here, and all in CI, which runs that file.
-SAMPLE = "test_options or test_denormal or (not_finite and f8+f4 and nan and skip)"
-AT_LEAST = 14
+SAMPLE = (
+    "test_options or test_denormal or (not_finite and f8+f4 and nan and skip)"
+    " or test_lists_with_norms or test_lists_keep"
+)
+AT_LEAST = 18
 
 
 @pytest.fixture

@@ -63,6 +63,21 @@ def test_every_option_is_timed(benchmarks):
         assert bench.opt.step_count == count + 1
 
 
+def test_both_ways_take_the_same_steps(benchmarks):
+    ends = []
+    for way in ("Adam.step", "functional"):
+        for name in ("micro", "calls"):
+            bench = benchmarks("step").Functional()
+            bench.setup(way, name)
+            bench.time_step(way, name)
+            assert len(bench.calls) == (100 if name == "calls" else 1)
+            step, arguments, _ = bench.calls[-1]
+            opt = getattr(step, "__self__", None)
+            params = opt.param_groups[0]["params"] if opt else arguments[0]
+            ends.append(b"".join(param.tobytes() for param in params))
+    assert ends[:2] == ends[2:]
+
+
 def test_steps_with_denormal_numbers(benchmarks):
     step = benchmarks("step")
     for numbers in step.NUMBERS:

@@ -7,17 +7,15 @@ import inspect
 import pytest
 
 import fastadam
-from fastadam import schedules
+from fastadam import functional, schedules
 
-MODULES = ["adam", "checkpoint.loading", "checkpoint.saving", "compiling", "objects", "schedules"]
-MODULES += ["schedules.exact", "update.formula"]
+MODULES = ["adam", "checkpoint.loading", "checkpoint.saving", "compiling", "functional"]
+MODULES += ["objects", "schedules", "schedules.exact", "update.formula"]
+# Public names that are modules, or explain themselves.
+PLAIN = {"CheckpointError", "__version__", "checkpoint", "functional", "objects", "schedules"}
 PUBLIC = [
-    *(
-        getattr(fastadam, name)
-        for name in fastadam.__all__
-        if name
-        not in ("CheckpointError", "__version__", "checkpoint", "objects", "schedules", "torch")
-    ),
+    *(getattr(fastadam, name) for name in fastadam.__all__ if name not in {*PLAIN, "torch"}),
+    functional.adam,
     *(getattr(schedules, name) for name in schedules.__all__ if name != "Schedule"),
 ]
 
@@ -52,7 +50,9 @@ def test_public_methods(owner):
             assert inspect.getdoc(member), f"{owner.__name__}.{name} has no docstring"
 
 
-@pytest.mark.parametrize("name", ["", ".schedules", ".checkpoint", ".objects", ".torch"])
+@pytest.mark.parametrize(
+    "name", ["", ".schedules", ".checkpoint", ".functional", ".objects", ".torch"]
+)
 def test_dir_shows_the_public_names(name, optional):
     if name == ".checkpoint":
         optional("safetensors")
