@@ -1,4 +1,4 @@
-"""Adam and AdamW: the facade. Groups, state, ``step()``, ``state_dict()``."""
+"""Adam and AdamW, the facade: the constructor, ``step()``, and the settings that can change."""
 
 import threading
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from .params.groups import Groups, counted, describe
 from .params.names import Absent, check_attribute, check_keywords
 from .params.types import Betas, Grads, Group, Nonfinite, NotGiven, Params, Schedule
 from .runtime import kernel_lock, register_after_fork, signals_deferred
-from .saveable import Saveable, allow_state_in_torch_load, take_turn
+from .saveable import Saveable, allow_state_in_torch_load, lock_if_free
 from .state.param_state import new_states
 from .update.result import StepResult
 from .update.scalars import Scalars
@@ -222,7 +222,7 @@ class Adam(Saveable):
         >>> opt.step([[np.ones(2)], [np.ones(3)]]).lr
         0.01
         """
-        with take_turn(self._lock):
+        with lock_if_free(self._lock):
             groups = self._groups.extended(group)
             groups.take(backends.of(groups.arrays), new_states)
             steps = np.zeros(len(groups.states), dtype=np.int64)
@@ -282,7 +282,7 @@ class Adam(Saveable):
         (array([[-0.5, -0.5],
                [-0.5, -0.5]]), array([0., 0.]))
         """
-        with take_turn(self._lock):
+        with lock_if_free(self._lock):
             stepper = self._stepper
             # The user's own code first, in containers and schedule; then nothing but ours
             # until the kernel has run. The tuple keeps the gradients alive that long.
@@ -322,7 +322,7 @@ class Adam(Saveable):
             If no step has been captured; if gradients were then clipped or
             checked and are not to be now, or the reverse; if a step is under way.
         """
-        with take_turn(self._lock):
+        with lock_if_free(self._lock):
             self._scalars.refresh(self._stepper.step_count, self._schedule, grad_scale)
             self._stepper.prepare_replay(self._max_grad_norm, self._nonfinite)
 
@@ -333,7 +333,7 @@ class Adam(Saveable):
 
     def _take_own_grads(self) -> tuple[Any, ...]:
         if self._grads is None:
-            raise ValueError("grads must be given, or opt.grads be filled before, got neither")
+            raise ValueError("grads must be given, or the arrays of opt.grads filled, got neither")
         return self._own_grads
 
     @property
@@ -363,7 +363,7 @@ class Adam(Saveable):
         """
         grads = self._grads
         if grads is None:
-            with take_turn(self._lock):
+            with lock_if_free(self._lock):
                 if self._grads is None:  # another thread may have been first
                     params = [state.param for state in self._groups.states]
                     flat = tuple(self._backend.allocate(params))

@@ -4,7 +4,7 @@ import threading
 from typing import Any
 
 from .adam import Adam
-from .saveable import take_turn
+from .saveable import lock_if_free
 
 
 class Adapter:
@@ -27,7 +27,7 @@ class Adapter:
 
     def _turn(self) -> threading.Lock:
         """Return a lock to be held while the adapter is used, as `Adam._turn`."""
-        return take_turn(self._lock)
+        return lock_if_free(self._lock)
 
     def _pull(self) -> None:
         """Read the owner's values into the optimizer's arrays.

@@ -16,7 +16,10 @@ from .update.settings import Settings
 
 
 class Stepper(Protocol):
-    """Takes the steps of one optimizer; made anew when a group is added."""
+    """Takes the steps of one optimizer; made anew when a group is added.
+
+    There are two: `cpu.stepper.Stepper` and `cuda.stepper.Stepper`.
+    """
 
     steps: npt.NDArray[np.int64]
     """Steps that each parameter has had, in the order of the parameters."""

@@ -85,7 +85,7 @@ class Saveable:
         array([0.1, 0.1])
         """
         allow_state_in_torch_load()
-        with take_turn(self._lock):
+        with lock_if_free(self._lock):
             return self._export_state()
 
     def _export_state(self) -> dict[str, Any]:
@@ -121,7 +121,7 @@ class Saveable:
         >>> new.step_count, new.state["w"]["step"]
         (1, 1)
         """
-        with take_turn(self._lock):
+        with lock_if_free(self._lock):
             groups = self._groups
             loaded = import_state(
                 state_dict, groups.states, groups.options, backends.as_host, backends.as_array
@@ -130,7 +130,7 @@ class Saveable:
 
     def _turn(self) -> threading.Lock:
         """Return the lock to be held while the contents are used, unless a step is under way."""
-        return take_turn(self._lock)
+        return lock_if_free(self._lock)
 
     def _contents(self) -> Contents:
         """Return what a checkpoint is made of: live arrays and options, a copy of the steps."""
@@ -151,8 +151,8 @@ class Saveable:
                 setattr(self, name, value)
 
     def _version(self) -> tuple[Any, ...]:
-        """Return what is another one after each step and load; raise in the middle of one."""
-        take_turn(self._lock)
+        """Return a value that differs after every step and load; raise in the middle of one."""
+        lock_if_free(self._lock)
         return self._stepper, self.step_count, self._loads
 
     def _copies(self, memo: Mapping[int, Any]) -> Iterable[tuple[Any, Any]]:
@@ -191,8 +191,8 @@ def allow_state_in_torch_load() -> None:
         allow_arrays_in_torch_load()
 
 
-def take_turn(lock: threading.Lock) -> threading.Lock:
-    """Return the lock of an optimizer for a with statement, unless a step is under way.
+def lock_if_free(lock: threading.Lock) -> threading.Lock:
+    """Return an optimizer's lock, for a with statement to hold; raise if it is held already.
 
     The lock itself, since Python cannot be interrupted between its being taken
     and the with statement's knowing so.

@@ -1,4 +1,4 @@
-"""The CPU backend: one kernel call updates any number of separate arrays."""
+"""The compiled loops of a step on the CPU: one call updates any number of separate arrays."""
 
 import functools
 from typing import Any
@@ -41,7 +41,7 @@ step_scalars = intrinsics.inline(
 )
 adam_update = intrinsics.inline(formula.bind(formula.adam_update, fma=intrinsics.fma))
 
-_several, _note = thread_choice.several, thread_choice.note
+_use_several, _note = thread_choice.use_several, thread_choice.note
 
 _INT64, _FLOAT64 = np.int64(0), np.float64(0)
 # What a kernel is compiled for: the parameters' type, its smallest normal number, and for
@@ -201,7 +201,7 @@ def share_out(fields: Any, tensors: Any, choice: Any) -> Any:
 
     The runs are the same in every step: a worker finds its own chunks in its
     caches, and in the memory near it, since it was the first to touch them.
-    ``choice`` is the field that leads to what `_thread_choice` knows of this pass.
+    ``choice`` is the field that leads to what `thread_choice` knows of this pass.
     """
     fields[field.WORK] = 0
     for t in range(tensors.shape[0]):
@@ -210,7 +210,7 @@ def share_out(fields: Any, tensors: Any, choice: Any) -> Any:
     workers = min(thread_count(), fields[field.THREADS])
     # Of few elements, the others having no gradient, nothing can be learnt.
     few = fields[field.WORK] < fields[field.WORTH_SEVERAL]
-    if workers > 1 and (few or not _several(*_choice_state(fields, choice))):
+    if workers > 1 and (few or not _use_several(*_choice_state(fields, choice))):
         workers = 1
     cursors = table(fields[field.CURSORS], workers, field.CURSOR_BYTES // 8, _INT64)
     for w in range(workers):

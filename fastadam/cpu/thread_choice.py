@@ -44,8 +44,8 @@ def new_state() -> np.ndarray[Any, np.dtype[np.float64]]:
 
 
 @intrinsics.inline
-def several(state: Any, balance: Any) -> Any:
-    """Return whether the next pass is to use several threads."""
+def use_several(state: Any, balance: Any) -> Any:
+    """Count a pass; return whether it is to use several threads."""
     state[PASSES] += 1
     if state[PASSES] == state[NEXT_SERIAL]:
         state[NEXT_SERIAL] *= 4

@@ -48,7 +48,7 @@ class ParamGroup(dict[str, Any]):
 def _noting(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def write(group: ParamGroup, *args: Any, **kwargs: Any) -> Any:
-        # Afterwards too: a step may come in between, and one must not be missed.
+        # Set again after the write: a step in between may have reset it.
         group.touched = True
         try:
             return method(group, *args, **kwargs)

@@ -1,8 +1,9 @@
 """The one table of the arrays that an optimizer keeps of each parameter.
 
-Allocation, the kernels' rows and options, ``state_dict``, checkpoints and ``fastadam info``
-read it. To add an array: a row here, a column in `update.layout`, and its arithmetic in
-`update.formula` and in the load and store of each backend.
+Allocation, the rows and the choice of kernels, ``state_dict``, checkpoints and
+`fastadam.functional` read it. To add an array: a row here, its column in `update.layout`, its
+arithmetic in `update.formula`, and its load and store in `cpu.kernels` and `cuda.update`. An
+array that an option asks for also needs the option: in `adam`, and in `Groups.state_options`.
 """
 
 from collections.abc import Iterable

@@ -82,7 +82,7 @@ def test_loops_are_vectorised(dtype, kind, on, parallel):
     for operation in ("sqrt", "div"):
         packed = count(f"{operation}p{kind}", text)
         assert packed >= 2, f"{operation} is not packed"
-        # In `step_scalars`, and in `_thread_choice.note`.
+        # In `step_scalars`, and in `thread_choice.note`.
         prologue = 1 if operation == "sqrt" else 2 + parallel
         scalar = count(f"{operation}s{kind}", text) - (prologue if kind == "d" else 0)
         assert scalar <= packed, f"{scalar} scalar against {packed} packed {operation}"

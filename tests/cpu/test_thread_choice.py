@@ -9,7 +9,7 @@ import pytest
 import fastadam
 from fastadam.cpu import kernels, thread_choice
 
-several, note = thread_choice.several.py_func, thread_choice.note.py_func
+several, note = thread_choice.use_several.py_func, thread_choice.note.py_func
 ELEMENTS = 100_000
 SERIAL, PARALLEL, STALLED = 40_000, 22_000, 3_000_000  # nanoseconds a pass
 
