@@ -107,7 +107,8 @@ def meet_torch() -> bool:
     if torch is None or known[field.KNOWN_EXCHANGE] != 0:
         return False
     capsule = getattr(getattr(torch, "Tensor", None), "__dlpack_c_exchange_api__", None)
-    if capsule is None:
+    parameter = getattr(getattr(torch, "nn", None), "Parameter", None)
+    if capsule is None or parameter is None:  # an older torch, or one half imported
         return False
     open_capsule = ctypes.pythonapi.PyCapsule_GetPointer
     open_capsule.restype, open_capsule.argtypes = (
@@ -117,7 +118,7 @@ def meet_torch() -> bool:
     at = open_capsule(capsule, b"dlpack_exchange_api")
     if ctypes.c_uint32.from_address(at).value != 1:  # of the major version all others are unlike
         return False
-    _kept[:] = torch.Tensor, torch.nn.Parameter
+    _kept[:] = torch.Tensor, parameter
     known[field.KNOWN_TENSOR], known[field.KNOWN_PARAMETER] = map(id, _kept)
     known[field.KNOWN_EXCHANGE] = ctypes.c_int64.from_address(at + _FROM_PYTHON).value
     return bool(known[field.KNOWN_EXCHANGE] != 0)

@@ -789,7 +789,8 @@ def test_a_call_in_the_middle_of_a_call(monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+# Other tests have left threads, of which Python and JAX warn.
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning", "ignore:.*fork:RuntimeWarning")
 def test_a_forked_child_makes_tables_of_its_own():
     kept, grads = engine()
     kept.step(grads)
