@@ -31,29 +31,33 @@ __all__ = [
     "objects",
     "save",
     "schedules",
-    "torch",
 ]
+# Not among those that a star imports: it would stand in the place of the real one.
+_NAMED_AS_OTHERS = ["torch"]
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_NAMED_AS_OTHERS])
 
 
-def __getattr__(name: str) -> Any:
-    """Import modules when they are first asked for: most of an import's time."""
-    # A fork waits for it: a child cannot end what another thread has begun. (And not
-    # `from . import ...`, which would ask here again.)
-    module: Any
-    with kernel_lock:
-        if name == "schedules":
-            import fastadam.schedules as module
-        elif name == "functional":
-            import fastadam.functional as module
-        elif name == "torch":
-            import fastadam.torch as module
-        elif name in ("checkpoint", "CheckpointError", "load", "save"):
-            import fastadam.checkpoint as module
-        else:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    whole = name in ("functional", "schedules", "torch", "checkpoint")
-    return module if whole else getattr(module, name)
+if not TYPE_CHECKING:  # for which every name would be there
+
+    def __getattr__(name: str) -> Any:
+        """Import modules when they are first asked for: most of an import's time."""
+        # (Not by `from . import ...`, which would ask here again.)
+        if name == "torch":
+            import fastadam.torch as module  # no lock: it imports torch, which takes a second
+
+            return module
+        # A fork waits for the others: a child cannot end what another thread has begun.
+        with kernel_lock:
+            if name == "schedules":
+                import fastadam.schedules as module
+            elif name == "functional":
+                import fastadam.functional as module
+            elif name in ("checkpoint", "CheckpointError", "load", "save"):
+                import fastadam.checkpoint as module
+            else:
+                raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        whole = name in ("functional", "schedules", "checkpoint")
+        return module if whole else getattr(module, name)

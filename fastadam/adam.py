@@ -300,6 +300,17 @@ class Adam(Saveable):
                 return _new(StepResult, (stepper.step(flat, zero_grad), lr, None, False))
             return stepper.limited_step(flat, zero_grad, self._max_grad_norm, self._nonfinite)
 
+    def _step_scheduled(self, grads: Grads, factor: float | None, grad_scale: float) -> StepResult:
+        """Take a step that zeroes gradients, and whose schedule has been asked already."""
+        with lock_if_free(self._lock):
+            stepper, flat = self._stepper, self._flatten(grads)
+            check_any_given(flat)
+            schedule = None if factor is None else (lambda _: factor)
+            lr = self._scalars.refresh(stepper.step_count, schedule, grad_scale)
+            if self._max_grad_norm is None and self._nonfinite == "propagate":
+                return StepResult(stepper.step(flat, True), lr)
+            return stepper.limited_step(flat, True, self._max_grad_norm, self._nonfinite)
+
     def prepare_replay(self, *, grad_scale: float = 1.0) -> None:
         """Bring up to date what a CUDA graph with a step of this optimizer will read.
 

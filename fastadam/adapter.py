@@ -29,8 +29,17 @@ class Adapter:
         """Return a lock to be held while the adapter is used, as `Adam._turn`."""
         return lock_if_free(self._lock)
 
+    def _check(self) -> None:
+        """Refuse an owner whose arrays are not those that the optimizer updates.
+
+        Raises
+        ------
+        ValueError
+            The optimizer is then as it was.
+        """
+
     def _pull(self) -> None:
-        """Read the owner's values into the optimizer's arrays.
+        """Do the same, and read the owner's values into the optimizer's arrays.
 
         Raises
         ------

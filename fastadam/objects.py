@@ -167,10 +167,13 @@ class ObjectAdam(Adapter):
         with self._turn():
             self._read_numbers()
             grads = self._read_grads()
+            # The user's own code, before signals are deferred.
+            schedule, count = self.optimizer.schedule, self.optimizer.step_count
+            factor = None if schedule is None else schedule(count)
             with signals_deferred():
-                self._under_way = grads, self.optimizer.step_count
+                self._under_way = grads, count
                 try:
-                    result = self.optimizer.step(grads, grad_scale=grad_scale, zero_grad=True)
+                    result = self.optimizer._step_scheduled(grads, factor, grad_scale)
                     self._write_step(grads, skipped=result.skipped)
                 finally:
                     self._under_way = None
@@ -201,10 +204,14 @@ class ObjectAdam(Adapter):
             except BaseException as error:
                 errors.append(error)
 
-    def _pull(self) -> None:
-        """Read the numbers; check that the arrays are where they were."""
+    def _check(self) -> None:
+        """Check that the arrays are where they were."""
         for k in self._arrays:
             self._check_array(k)
+
+    def _pull(self) -> None:
+        """Do the same, and read the numbers."""
+        self._check()
         self._read_numbers()
 
     def _read_numbers(self) -> None:

@@ -100,7 +100,7 @@ def load(
     adapter = adapter_of(opt)
     optimizer = adapter.optimizer
     with adapter._turn(), optimizer._turn():
-        adapter._pull()  # so that what is not loaded stays what it is
+        adapter._check()
         with file_format.opened(path) as reader:
             with file_format.as_checkpoint_error(path):
                 checkpoint = parse(reader)
@@ -116,6 +116,8 @@ def load(
             if fit.wrong:
                 wrong = "; ".join(fit.wrong)
                 raise CheckpointError(f"{path} must fit the optimizer: {wrong}{fit.hint}")
+            if not params or len(fit.keys) < len(optimizer._contents().states):
+                adapter._pull()  # so that what is not loaded stays what it is
             sources = [reader.read(name) for _, name in fit.tensors]
         contents, step_count = optimizer._contents(), optimizer.step_count
         steps = contents.steps

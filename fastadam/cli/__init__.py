@@ -8,8 +8,10 @@ command needs beyond the standard library, it imports when it runs.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastadam.cli.common import CommandError, complain, wrapped
@@ -77,6 +79,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     >>> main(["train", "--steps", "0"])
     2
     """
+    with contextlib.ExitStack() as stack:
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:  # closed before Python began: nobody reads it
+                setattr(sys, name, stack.enter_context(Path(os.devnull).open("w")))
+                stack.callback(setattr, sys, name, None)
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     prog = "fastadam"
     try:
         try:

@@ -4,7 +4,9 @@ import contextlib
 import doctest
 import io
 import json
+import os
 import re
+import subprocess
 import sys
 import types
 
@@ -286,3 +288,12 @@ def test_info_of_one_thread_without_tbb(printed, monkeypatch):
     assert not any("elements on" in line for line in lines)
     facts["versions"]["optional"]["tbb"] = "2020.1"
     assert "tbb: Numba cannot load it" in printed(120, "info")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell's >&-")
+def test_output_that_was_closed_before():
+    command = f"'{sys.executable}' -m fastadam inspect /dev/null >&-"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "must be a file" in done.stderr

@@ -18,10 +18,13 @@ class ListAdam(Adapter):
         self.arrays = {name: np.array(numbers, float) for name, numbers in lists.items()}
         self.optimizer = fastadam.Adam(self.arrays, **options)
 
-    def _pull(self):
+    def _check(self):
         for name, numbers in self.lists.items():
             if len(numbers) != self.arrays[name].size:
                 raise ValueError(f"{name} must keep its length")
+
+    def _pull(self):
+        self._check()
         for name, numbers in self.lists.items():
             self.arrays[name][:] = numbers
 

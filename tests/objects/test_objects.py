@@ -4,6 +4,7 @@ import copy
 import math
 import os
 import pickle
+import signal
 import warnings
 
 import numpy as np
@@ -272,7 +273,7 @@ def test_a_fork_before_the_writing_back_is_completed_in_the_child():
     """As another thread may, between the kernel's return and the first object's new value."""
     values = [Value(1.0), Value(2.0)]
     opt = fastadam.from_objects(values, lr=0.5)
-    step = opt.optimizer.step
+    step = opt.optimizer._step_scheduled
     found = []
 
     def forking(*arguments, **options):
@@ -287,9 +288,47 @@ def test_a_fork_before_the_writing_back_is_completed_in_the_child():
         assert [v.data for v in values] == [1.0, 2.0]
         return result
 
-    opt.optimizer.step = forking
+    opt.optimizer._step_scheduled = forking
     for value in values:
         value.grad = 2.0
     opt.step()
     assert found == [0]
     assert [v.data for v in values] == [0.5000000025, 1.5000000025]
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timer on this system")
+def test_a_schedule_may_be_interrupted():
+    """It is the user's code: a handler that raises ends it before anything is taken."""
+
+    class LateError(Exception):
+        pass
+
+    def raise_late(*_):
+        raise LateError
+
+    def schedule(_):
+        signal.raise_signal(signal.SIGALRM)
+        return 1.0
+
+    value = Value(1.0)
+    opt = fastadam.from_objects([value], lr=0.5, schedule=schedule)
+    value.grad = 1.0
+    before = signal.signal(signal.SIGALRM, raise_late)
+    try:
+        with pytest.raises(LateError):
+            opt.step()
+        assert (value.data, value.grad, opt.step_count) == (1.0, 1.0, 0)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_load_of_all_needs_nothing_of_what_it_replaces(tmp_path, optional):
+    optional("safetensors")
+    value = Value(1.0)
+    opt = fastadam.from_objects([value], lr=0.5)
+    value.grad = 1.0
+    opt.step()
+    fastadam.save(tmp_path / "run.safetensors", opt)
+    saved, value.data = value.data, None
+    fastadam.load(tmp_path / "run.safetensors", opt)
+    assert value.data == saved

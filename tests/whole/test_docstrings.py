@@ -3,6 +3,8 @@
 import doctest
 import importlib
 import inspect
+import subprocess
+import sys
 
 import pytest
 
@@ -57,7 +59,9 @@ def test_dir_shows_the_public_names(name, optional):
     if name == ".checkpoint":
         optional("safetensors")
     module = importlib.import_module(f"fastadam{name}")
-    assert dir(module) == sorted(module.__all__)
+    # One is not in a star's names, where it would replace torch itself.
+    named = {*module.__all__, "torch"} if module is fastadam else module.__all__
+    assert dir(module) == sorted(named)
     for public in dir(module):
         assert getattr(module, public) is not None
         assert public == "__version__" or not public.startswith("_")
@@ -68,3 +72,9 @@ def test_all_is_what_there_is():
         assert hasattr(fastadam, name)
     with pytest.raises(AttributeError, match="module 'fastadam' has no attribute 'adamm'"):
         fastadam.adamm  # noqa: B018
+
+
+def test_a_star_imports_nothing_of_torch():
+    code = "import sys; from fastadam import *; assert not {'torch', 'fastadam.torch'}"
+    code += ".intersection(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
