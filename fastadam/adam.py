@@ -344,7 +344,7 @@ class Adam(Saveable):
 
     def _take_own_grads(self) -> tuple[Any, ...]:
         if self._grads is None:
-            raise ValueError("grads must be given, or the arrays of opt.grads filled, got neither")
+            raise ValueError("grads must be given, or opt.grads be filled before, got neither")
         return self._own_grads
 
     @property
