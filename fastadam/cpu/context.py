@@ -59,27 +59,20 @@ class Context:
         self._step_count = step_count
         self.choices = [thread_choice.new_state() for _ in range(2)]
         self.fields = np.zeros(field.CONTEXT_SIZE, dtype=np.int64)
-        self._set(self.fields, shared)
-        self._set(
-            self.fields,
-            {
-                field.CHUNKS: address(self.chunks),
-                field.CHUNK_COUNT: len(self.chunks),
-                field.ROWS: address(self._scalars),
-                field.SUMS: address(self.sums),
-                field.OWN_DTYPE: own_dtype,
-                field.STEP_COUNT: address(step_count),
-                field.CURSORS: address(self._cursors),
-                field.THREADS: threads,
-                field.UPDATE_CHOICE: address(self.choices[0]),
-                field.SUM_CHOICE: address(self.choices[1]),
-                field.BALANCE: address(thread_choice.balance),
-                field.WORTH_SEVERAL: serial_below,
-            },
-        )
+        own = {
+            field.CHUNKS: address(self.chunks),
+            field.CHUNK_COUNT: len(self.chunks),
+            field.ROWS: address(self._scalars),
+            field.SUMS: address(self.sums),
+            field.OWN_DTYPE: own_dtype,
+            field.STEP_COUNT: address(step_count),
+            field.CURSORS: address(self._cursors),
+            field.THREADS: threads,
+            field.UPDATE_CHOICE: address(self.choices[0]),
+            field.SUM_CHOICE: address(self.choices[1]),
+            field.BALANCE: address(thread_choice.balance),
+            field.WORTH_SEVERAL: serial_below,
+        }
+        for place, value in {**shared, **own}.items():
+            self.fields[place] = value
         self.address = address(self.fields)
-
-    @staticmethod
-    def _set(fields: npt.NDArray[np.int64], values: dict[int, int]) -> None:
-        for place, value in values.items():
-            fields[place] = value

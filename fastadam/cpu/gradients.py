@@ -118,8 +118,4 @@ class Gradients:
 
     def nonfinite_message(self, grads: tuple[Any, ...], factor: float) -> str | None:
         """Return a message on the first element that, times a factor, is not finite."""
-        for grad, label in zip(grads, self._labels, strict=True):
-            message = None if grad is None else nonfinite_message(grad, label, factor)
-            if message is not None:
-                return message
-        return None
+        return nonfinite_message(zip(grads, self._labels, strict=True), factor)

@@ -12,7 +12,15 @@ import numpy as np
 import numpy.typing as npt
 from numba import types
 
-from ..params.arrays import address, as_plain, check_alike, check_param, kind_of, take_grad
+from ..params.arrays import (
+    address,
+    as_plain,
+    check_alike,
+    check_order,
+    check_param,
+    kind_of,
+    take_grad,
+)
 from ..params.memory import Memory
 from ..state import roles
 from ..update import layout
@@ -257,13 +265,9 @@ class Lists:
 
     def nonfinite_message(self, grads: Given, factor: float) -> str | None:
         """Return a message on the first element that, times a factor, is not finite."""
-        for k, grad in enumerate(plain(grads)[layout.GRAD]):
-            found = None
-            if grad is not None:
-                found = nonfinite_message(grad, label(layout.GRAD, k), factor)
-            if found is not None:
-                return found
-        return None
+        taken = plain(grads)[layout.GRAD]
+        labels = [label(layout.GRAD, k) for k in range(len(taken))]
+        return nonfinite_message(zip(taken, labels, strict=True), factor)
 
 
 def _kept(given: Given) -> Any:
@@ -314,13 +318,7 @@ def check(given: Given, writable: bool) -> Memory:
 def _check_state(array: Any, param: npt.NDArray[Any], name: str) -> None:
     check_param(array, name)
     check_alike(array, param, name)
-    flag = "c_contiguous" if param.flags.c_contiguous else "f_contiguous"
-    if not getattr(array.flags, flag):
-        order = "C" if param.flags.c_contiguous else "Fortran"
-        raise ValueError(
-            f"{name} must be laid out in {order} order, as its parameter is, got strides"
-            f" {array.strides} for shape {array.shape}"
-        )
+    check_order(array, param, name)
 
 
 def check_steps(steps: Any, count: int) -> None:
@@ -343,7 +341,6 @@ class ListStepper(Stepper):
     def __init__(self, given: Given, writable: bool, settings: Settings) -> None:
         self._lists = Lists(given, writable, len(settings.rows))
         super().__init__(self._lists.rows, settings, self._lists, 0)
-
         self._look = look_kernel()
 
     def fit(self, given: Given, writable: bool) -> bool:

@@ -167,13 +167,12 @@ class Gradients:
 
     def nonfinite_message(self, grads: tuple[Any, ...], factor: float) -> str | None:
         """Return a message on the first element that, times a factor, is not finite."""
-        for grad, label in zip(grads, self._labels, strict=True):
-            if grad is not None:
-                on_host = view(grad, label, writable=False).copy_to_host()
-                message = nonfinite_message(on_host, label, factor)
-                if message is not None:
-                    return message
-        return None
+        on_host = (
+            (view(grad, label, writable=False).copy_to_host(), label)
+            for grad, label in zip(grads, self._labels, strict=True)
+            if grad is not None
+        )
+        return nonfinite_message(on_host, factor)
 
 
 def _reference(array: Any) -> Any:

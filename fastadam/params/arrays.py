@@ -60,13 +60,7 @@ def take_grad(
     array = as_plain(grad, label)
     check_alike(array, param, label, on_host=True)
     check_layout(array, label, param)
-    same_order = array.flags.c_contiguous if param.flags.c_contiguous else array.flags.f_contiguous
-    if not same_order:
-        order = "C" if param.flags.c_contiguous else "Fortran"
-        raise ValueError(
-            f"{label} must be laid out in {order} order, as its parameter is, got strides"
-            f" {array.strides} for shape {array.shape}{_copy_like(param)}"
-        )
+    check_order(array, param, label, _copy_like(param))
     if writable and (isinstance(grad, np.generic) or not array.flags.writeable):
         kind = "a NumPy scalar" if isinstance(grad, np.generic) else "a read-only array"
         raise ValueError(f"{label} must be writable for zero_grad=True, got {kind}")
@@ -107,6 +101,19 @@ def as_plain(grad: Any, label: str) -> npt.NDArray[Any]:
     raise TypeError(
         f"{label} must be a numpy.ndarray, or another library's array on the CPU, got {name}"
     )
+
+
+def check_order(
+    array: npt.NDArray[Any], param: npt.NDArray[Any], label: str, hint: str = ""
+) -> None:
+    """Refuse an array that is not of its parameter's memory order; ``hint`` ends the message."""
+    same_order = array.flags.c_contiguous if param.flags.c_contiguous else array.flags.f_contiguous
+    if not same_order:
+        order = "C" if param.flags.c_contiguous else "Fortran"
+        raise ValueError(
+            f"{label} must be laid out in {order} order, as its parameter is, got strides"
+            f" {array.strides} for shape {array.shape}{hint}"
+        )
 
 
 def check_alike(grad: Any, param: Any, label: str, on_host: bool = False) -> None:

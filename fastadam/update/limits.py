@@ -4,6 +4,7 @@ The first functions are over scalars, and a backend may compile them.
 """
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -34,16 +35,25 @@ def scale_for(largest: float) -> float:
     return math.ldexp(1.0, min(-math.frexp(largest)[1], LARGEST_EXPONENT))
 
 
-def nonfinite_message(grad: npt.NDArray[np.floating], label: str, factor: float) -> str | None:
-    """Return a message on the first element that, times a factor, is not finite; or None."""
-    with np.errstate(all="ignore"):
-        scaled = grad * grad.dtype.type(factor)
-    good = np.isfinite(scaled)
-    if good.all():
-        return None
-    place = np.unravel_index(int(np.argmin(good)), good.shape)
-    where = f"[{', '.join(map(str, place))}]" if place else ""
-    return (
-        f"{label} must be finite, divided by grad_scale, got {float(scaled[place])!r} at"
-        f" {label}{where}"
-    )
+def nonfinite_message(
+    grads: Iterable[tuple[npt.NDArray[np.floating] | None, str]], factor: float
+) -> str | None:
+    """Return a message on the first element that, times a factor, is not finite; or None.
+
+    ``grads`` are arrays, or None, each with what it is called.
+    """
+    for grad, label in grads:
+        if grad is None:
+            continue
+        with np.errstate(all="ignore"):
+            scaled = grad * grad.dtype.type(factor)
+        good = np.isfinite(scaled)
+        if good.all():
+            continue
+        place = np.unravel_index(int(np.argmin(good)), good.shape)
+        where = f"[{', '.join(map(str, place))}]" if place else ""
+        return (
+            f"{label} must be finite, divided by grad_scale, got {float(scaled[place])!r} at"
+            f" {label}{where}"
+        )
+    return None

@@ -1,13 +1,12 @@
 """The CUDA tests on a libcuda of our own, in a process of their own: see `libcuda_driver`."""
 
 import os
-import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tools import run_pytest
 
 FOLDER = Path(__file__).parent
 TESTS = FOLDER.parent
@@ -29,23 +28,9 @@ def run(optional):
     def run_files(names, chosen, at_least):
         folders = [FOLDER, TESTS / "support", TESTS.parent, os.environ.get("PYTHONPATH", "")]
         own = {"PYTHONPATH": os.pathsep.join(map(str, folders)), "NUMBA_ENABLE_CUDASIM": "0"}
-        options = ["-q", "-rf", "--tb=short", "-p", "no:cacheprovider", "-p", "libcuda_driver"]
-        files = [FOLDER / name for name in names]
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", *options, "-k", chosen, *files],
-            env={**os.environ, **own},
-            cwd=TESTS.parent,
-            capture_output=True,
-            text=True,
-            timeout=900,
-        )
-        output = f"{done.stdout[-20_000:]}\n{done.stderr[-5_000:]}"
-        if done.returncode:
-            pytest.fail(output, pytrace=False)
-        passed = re.search(r"(\d+) passed", done.stdout)
-        assert passed, output
-        assert int(passed[1]) >= at_least, output
-        assert "skipped" not in done.stdout, output
+        files, env = [FOLDER / name for name in names], {**os.environ, **own}
+        plugin = ("-p", "libcuda_driver")
+        run_pytest(files, chosen, at_least, TESTS.parent, env, *plugin, seconds=900)
 
     return run_files
 

@@ -1,12 +1,10 @@
 """The CUDA backend without a device, in Numba's CUDA simulator, bit by bit as the CPU's."""
 
 import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from tools import run_pytest
 
 CASES = Path(__file__).with_name("simulator_cases.py")
 TESTS = CASES.parents[1]
@@ -31,19 +29,4 @@ def test_cases(environment):
 
     All cases: ``NUMBA_ENABLE_CUDASIM=1 python -m pytest tests/cuda/simulator_cases.py``.
     """
-    options = ["-q", "-rf", "--tb=short", "-p", "no:cacheprovider", "-k", SAMPLE]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, str(CASES)],
-        env=environment,
-        cwd=TESTS.parent,
-        capture_output=True,
-        text=True,
-        timeout=1800,
-    )
-    output = f"{done.stdout[-20_000:]}\n{done.stderr[-5_000:]}"
-    if done.returncode:
-        pytest.fail(output, pytrace=False)
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed, output
-    assert int(passed[1]) >= AT_LEAST, output
-    assert "skipped" not in done.stdout, output
+    run_pytest([CASES], SAMPLE, AT_LEAST, TESTS.parent, environment, seconds=1800)

@@ -1,6 +1,9 @@
 """What several test files need: pictures of an optimizer, ways to run its kernels."""
 
 import contextlib
+import re
+import subprocess
+import sys
 
 import numba
 import numpy as np
@@ -75,3 +78,23 @@ def way(name):
 # The threads are counted when a step is taken, the path is chosen when an optimizer is made.
 WAYS = ("serial", "parallel-1", "parallel-2")
 PATHS = ("serial", "parallel")
+
+
+def run_pytest(files, chosen, at_least, cwd, env, *options, seconds):
+    """Run tests in a process of their own: so many must pass, and none be skipped."""
+    usual = ["-q", "-rf", "--tb=short", "-p", "no:cacheprovider", "-k", chosen]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *usual, *options, *map(str, files)],
+        env=env,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+    )
+    output = f"{done.stdout[-20_000:]}\n{done.stderr[-5_000:]}"
+    if done.returncode:
+        pytest.fail(output, pytrace=False)
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed, output
+    assert int(passed[1]) >= at_least, output
+    assert "skipped" not in done.stdout, output
