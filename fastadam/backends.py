@@ -12,7 +12,7 @@ from .runtime import kernel_lock, signals_deferred
 from .state.param_state import ParamState
 from .update.result import StepResult
 from .update.scalars import Scalars
-from .update.settings import Settings
+from .update.settings import Groups, Settings
 
 
 class Stepper(Protocol):
@@ -122,12 +122,9 @@ class Backend(Protocol):
         """Return the same with what stands for each array in this backend."""
 
     def make_list_stepper(
-        self, given: tuple[Any, ...], writable: bool, shared: bool
+        self, given: tuple[Any, ...], writable: bool, groups: Groups
     ) -> tuple[ListStepper, Settings]:
-        """Return what takes steps of such arrays, and its hyperparameters.
-
-        ``shared`` says whether all parameters have the same.
-        """
+        """Return what takes steps of such arrays, and its hyperparameters."""
 
 
 def of(params: Sequence[Any]) -> Backend:

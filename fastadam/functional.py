@@ -19,7 +19,7 @@ from .runtime import register_after_fork
 from .state import roles
 from .update import layout
 from .update.result import StepResult
-from .update.settings import NAMES, Settings, is_listed
+from .update.settings import NAMES, Groups, Settings, is_listed
 
 __all__ = ["adam"]
 
@@ -47,6 +47,7 @@ def adam(
     averages: Sequence[Array] | None = None,
     *,
     steps: npt.NDArray[np.int64],
+    groups: Sequence[int] | None = None,
     lr: Reals = 1e-2,
     betas: Pairs = (0.9, 0.95),
     eps: Reals = 1e-8,
@@ -87,8 +88,12 @@ def adam(
     steps : numpy.ndarray of int64, shape (len(params),)
         Steps that each parameter has had. Each that has a gradient is counted
         up, in the array, by the same kernel that updates the parameter.
+    groups : sequence of int, optional
+        For each parameter the place of its values in those hyperparameters that
+        are sequences. By default each has its own.
     lr, eps, weight_decay, ema_decay : float, or sequence of float
-        As in `Adam`, one value for all parameters or one for each.
+        As in `Adam`, one value for all parameters, or one for each or for each
+        group.
     betas : pair of float, or sequence of such pairs
         The same.
     decoupled_weight_decay, maximize : bool, or sequence of bool
@@ -183,7 +188,7 @@ def adam(
         backend = backends.of(given[0])
         _check_lists(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, averages)
         if not given[0]:
-            settings = Settings([], shared=_are_shared(values))
+            settings = Settings([], _groups(values, groups, 0))
             settings.set(values)
             return StepResult(0, settings.lr, 0.0) if limited else None
         given = backend.take_lists(given)
@@ -193,8 +198,8 @@ def adam(
     tables = _tables.pop(key, None)
     if tables is None or not tables.stepper.fit(given, zero_grad):
         _check_lists(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, averages)
-        shared = _are_shared(values)
-        tables, given = _renewed(tables, backend, given, zero_grad, shared=shared)
+        rows = _groups(values, groups, len(given[0]))
+        tables, given = _renewed(tables, backend, given, zero_grad, rows)
     try:
         # What is not the same object is checked. (To compare by == would let True pass for 1.0.)
         lr0, betas0, eps0, decay0, decoupled0, maximize0, ema0, scale0 = tables.settings.given
@@ -209,10 +214,10 @@ def adam(
             and grad_scale is scale0
         )
         if not (same or tables.settings.set_lr(values)):
-            shared = _are_shared(values)
-            if tables.settings.shared is not shared:
+            rows = _groups(values, groups, len(given[0]))
+            if tables.settings.groups != rows:
                 given = backend.take_lists(given)
-                tables = _Tables(backend, given, zero_grad, shared=shared)
+                tables = _Tables(backend, given, zero_grad, rows)
             tables.settings.set(values)
         if limited:
             return tables.stepper.limited_step(given, zero_grad, max_grad_norm, nonfinite)
@@ -236,9 +241,9 @@ class _Tables:
     __slots__ = ("settings", "stepper", "weight")
 
     def __init__(
-        self, backend: backends.Backend, given: _Given, zero_grad: bool, *, shared: bool
+        self, backend: backends.Backend, given: _Given, zero_grad: bool, groups: Groups
     ) -> None:
-        self.stepper, self.settings = backend.make_list_stepper(given, zero_grad, shared)
+        self.stepper, self.settings = backend.make_list_stepper(given, zero_grad, groups)
         self.weight = len(given[0]) + 20
         if not self.stepper.fit(given, zero_grad):
             raise RuntimeError("arrays must not change while a step looks at them")
@@ -255,22 +260,29 @@ def _renewed(
     backend: backends.Backend,
     given: _Given,
     zero_grad: bool,
-    *,
-    shared: bool,
+    groups: Groups,
 ) -> tuple[_Tables, _Given]:
     """Return tables that fit what is given, and that with the backend's own arrays."""
     given = backend.take_lists(given)
     if tables is None or not tables.stepper.fit(given, zero_grad):
-        tables = _Tables(backend, given, zero_grad, shared=shared)
+        tables = _Tables(backend, given, zero_grad, groups)
         with contextlib.suppress(RuntimeError, KeyError):  # other threads may do the same
             while sum(each.weight for each in list(_tables.values())) > _MOST:
                 del _tables[next(iter(_tables))]
     return tables, given
 
 
-def _are_shared(values: tuple[Any, ...]) -> bool:
-    """Whether no hyperparameter is one for each parameter."""
-    return not any(map(is_listed, NAMES, values))
+def _groups(values: tuple[Any, ...], groups: Sequence[int] | None, count: int) -> Groups:
+    """Return the place of each parameter's hyperparameters; None if all have the same."""
+    if not any(map(is_listed, NAMES, values)):
+        return None
+    if groups is None:
+        return tuple(range(count))
+    if len(groups) != count or not all(type(k) is int and k >= 0 for k in groups):
+        raise ValueError(
+            f"groups must be an int >= 0 for each of {count} params, got {groups!r:.60}"
+        )
+    return tuple(groups)
 
 
 def _check_lists(*lists: Any) -> None:

@@ -11,7 +11,7 @@ from ..state.param_state import ParamState
 from ..state.storage import allocate
 from ..update.rows import Rows
 from ..update.scalars import Scalars
-from ..update.settings import Settings
+from ..update.settings import Groups, Settings
 from . import lists
 from .gradients import Gradients
 from .lists import ListStepper
@@ -43,10 +43,10 @@ def make_stepper(
 
 
 def make_list_stepper(
-    given: tuple[Any, ...], writable: bool, shared: bool
+    given: tuple[Any, ...], writable: bool, groups: Groups
 ) -> tuple[ListStepper, Settings]:
     """Return what takes steps of arrays that come with each, and its hyperparameters."""
-    settings = Settings([param.dtype for param in given[0]], shared=shared)
+    settings = Settings([param.dtype for param in given[0]], groups)
     return ListStepper(given, writable, settings), settings
 
 

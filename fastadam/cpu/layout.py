@@ -27,11 +27,11 @@ NEXT, DONE = range(2)
 COUNTS_ADDRESS, COUNTS_WIDTH = range(2)
 
 # A row to a parameter, in the table SEEN: id() of the parameter; what it must keep, the number of
-# its dimensions, the address of those, the flag of its memory order, and what NumPy and DLPack say
-# of its dtype; bytes; of the gradient that is looked at, the address; a permutation that sorts
-# those.
-OBJECT, NDIM, SHAPE, MEMORY_ORDER, DTYPE_MARK, ELEMENT, BYTES, FOUND, ORDER = range(9)
-SEEN_COLUMNS = 9
+# its dimensions, the address of those, the flag of its memory order or 0 if it has neither, the
+# address of its strides in elements, and what NumPy and DLPack say of its dtype; bytes; of the
+# gradient that is looked at, the address; a permutation that sorts those.
+OBJECT, NDIM, SHAPE, MEMORY_ORDER, STRIDES, DTYPE_MARK, ELEMENT, BYTES, FOUND, ORDER = range(10)
+SEEN_COLUMNS = 10
 
 # The kinds of array that `tensors` knows, id() of each, and DLPack's function for torch's, 0 if
 # there is none.

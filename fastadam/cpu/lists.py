@@ -27,7 +27,7 @@ from ..update import layout
 from ..update.limits import nonfinite_message
 from ..update.result import StepResult
 from ..update.rows import Rows
-from ..update.settings import Settings
+from ..update.settings import Groups, Settings
 from . import intrinsics, numpy_structs
 from . import layout as field
 from .intrinsics import peek, table
@@ -204,8 +204,8 @@ class Lists:
         Plain arrays, of which nothing is kept.
     writable : bool
         Whether the gradients must be writable.
-    groups : int
-        1, or one for each parameter.
+    groups : Groups
+        Whose hyperparameters each parameter has.
 
     Raises
     ------
@@ -221,7 +221,7 @@ class Lists:
         As in `Gradients`.
     """
 
-    def __init__(self, given: Given, writable: bool, groups: int) -> None:
+    def __init__(self, given: Given, writable: bool, groups: Groups) -> None:
         self._memory = check(given, writable)
         params, steps = given[layout.PARAM], given[STEPS]
         names = (roles.PARAM, None, *roles.NAMES)
@@ -230,7 +230,7 @@ class Lists:
             [{name: _place(arrays[k]) for name, arrays in kept} for k in range(len(params))],
             [param.size for param in params],
             [param.dtype for param in params],
-            [0 if groups == 1 else k for k in range(len(params))],
+            groups or [0] * len(params),
             [0] * len(params),
         )
         self._kept = None if look_kernel() else _kept(given)
@@ -297,7 +297,7 @@ def check(given: Given, writable: bool) -> Memory:
         As `Lists`.
     """
     for k, param in enumerate(given[layout.PARAM]):
-        check_param(param, label(layout.PARAM, k))
+        check_param(param, label(layout.PARAM, k), any_order=True)
         for column in range(layout.EXP_AVG, STEPS):
             if given[column] is not None:
                 _check_state(given[column][k], param, label(column, k))
@@ -316,7 +316,7 @@ def check(given: Given, writable: bool) -> Memory:
 
 
 def _check_state(array: Any, param: npt.NDArray[Any], name: str) -> None:
-    check_param(array, name)
+    check_param(array, name, any_order=True)
     check_alike(array, param, name)
     check_order(array, param, name)
 
@@ -339,7 +339,7 @@ class ListStepper(Stepper):
     """A stepper over arrays that come with every call; see `Lists`."""
 
     def __init__(self, given: Given, writable: bool, settings: Settings) -> None:
-        self._lists = Lists(given, writable, len(settings.rows))
+        self._lists = Lists(given, writable, settings.groups)
         super().__init__(self._lists.rows, settings, self._lists, 0)
         self._look = look_kernel()
 

@@ -25,7 +25,7 @@ from .intrinsics import peek, table
 # PyArrayObject_fields on 64-bit machines: PyObject_HEAD, whose last member is the
 # type; data, nd (int), dimensions, strides, base, descr, flags (int).
 _HEAD = object.__basicsize__
-TYPE, DATA, NDIM, DIMENSIONS = _HEAD - 8, _HEAD, _HEAD + 8, _HEAD + 16
+TYPE, DATA, NDIM, DIMENSIONS, STRIDES = _HEAD - 8, _HEAD, _HEAD + 8, _HEAD + 16, _HEAD + 24
 _DESCR, _FLAGS = _HEAD + 40, _HEAD + 48
 C, F, _ALIGNED, _WRITEABLE = 0x1, 0x2, 0x100, 0x400
 # PyTupleObject: PyObject_HEAD, then its length; its items come last.
@@ -49,6 +49,12 @@ def fits(array: Any, row: Any, writable: Any) -> Any:
     for axis in range(ndim):
         if peek(wanted + 8 * axis, _INT64) != peek(given + 8 * axis, _INT64):
             return False
+    if row[field.MEMORY_ORDER] == 0:
+        itemsize, strides = row[field.ELEMENT] >> 11 & 31, peek(array + STRIDES, _INT64)
+        for axis in range(ndim):
+            step = peek(row[field.STRIDES] + 8 * axis, _INT64) * itemsize
+            if peek(wanted + 8 * axis, _INT64) != 1 and peek(strides + 8 * axis, _INT64) != step:
+                return False
     return True
 
 
@@ -151,11 +157,16 @@ def accept(fields: Any, tensors: Any, seen: Any) -> Any:
 def new_seen(arrays: Sequence[npt.NDArray[Any]]) -> tuple[npt.NDArray[np.int64], Any]:
     """Return the table SEEN for what must be as these arrays are, and the shapes it points to."""
     seen = np.zeros((len(arrays), field.SEEN_COLUMNS), dtype=np.int64)
-    shapes = np.array([length for array in arrays for length in array.shape], dtype=np.int64)
+    lengths = [length for array in arrays for length in array.shape]
+    strides = [stride // array.itemsize for array in arrays for stride in array.strides]
+    shapes = np.array([lengths, strides], dtype=np.int64)
     start = address(shapes)
     for k, (row, array) in enumerate(zip(seen, arrays, strict=True)):
-        row[field.NDIM], row[field.SHAPE] = array.ndim, start
-        row[field.MEMORY_ORDER] = C if array.flags.c_contiguous else F
+        row[field.NDIM], row[field.SHAPE], row[field.STRIDES] = (
+            array.ndim, start, start + 8 * len(lengths),
+        )  # fmt: skip
+        flags = array.flags
+        row[field.MEMORY_ORDER] = C if flags.c_contiguous else F if flags.f_contiguous else 0
         row[field.DTYPE_MARK] = dtype_mark(array.dtype)
         # DLPack's code, 2 for a float, then bits, then lanes.
         row[field.ELEMENT] = (2 if array.dtype.kind == "f" else 0) + 2048 * array.itemsize + 65536
@@ -183,12 +194,15 @@ def works() -> bool:
     for array in samples:
         dimensions = _peek(id(array) + DIMENSIONS)
         shape = tuple(_peek(dimensions + 8 * axis) for axis in range(array.ndim))
+        places = _peek(id(array) + STRIDES)
+        strides = tuple(_peek(places + 8 * axis) for axis in range(array.ndim))
         flags = _peek(id(array) + _FLAGS) & (C | F | _ALIGNED | _WRITEABLE)
         found = (
             _peek(id(array) + TYPE),
             _peek(id(array) + DATA),
             _peek(id(array) + NDIM) & 0xFFFFFFFF,
             shape,
+            strides,
             _peek(_peek(id(array) + _DESCR) + DTYPE_MARK_OFFSET),
             flags,
         )
@@ -197,6 +211,7 @@ def works() -> bool:
             array.ctypes.data,
             array.ndim,
             array.shape,
+            array.strides,
             dtype_mark(array.dtype),
             array.flags.num & (C | F | _ALIGNED | _WRITEABLE),
         )

@@ -14,7 +14,7 @@ from ..params.arrays import address
 from . import intrinsics
 from . import layout as field
 from .intrinsics import call_at, peek, table
-from .numpy_structs import DATA, DIMENSIONS, NDIM, TYPE, C
+from .numpy_structs import DATA, DIMENSIONS, NDIM, TYPE, C, F
 
 _INT64, _INT32 = np.int64(0), np.int32(0)
 # DLTensor: data; device type, device number; ndim (all int32); code, bits (a byte each), lanes
@@ -34,7 +34,8 @@ _kept: list[Any] = []
 @intrinsics.inline
 def _tensor_fits(tensor: Any, row: Any) -> Any:
     """Whether a DLTensor is of the dtype, shape and layout that its row of SEEN asks for."""
-    element, ndim, in_c = row[field.ELEMENT], row[field.NDIM], row[field.MEMORY_ORDER] == C
+    element, ndim, order = row[field.ELEMENT], row[field.NDIM], row[field.MEMORY_ORDER]
+    in_c = order != F
     if (
         peek(tensor + _ELEMENT, _INT32) != element
         or peek(tensor + _NDIM, _INT32) != ndim
@@ -47,8 +48,10 @@ def _tensor_fits(tensor: Any, row: Any) -> Any:
         length = peek(shape + 8 * axis, _INT64)
         if length != peek(row[field.SHAPE] + 8 * axis, _INT64):
             return False
+        if order == 0:
+            step = peek(row[field.STRIDES] + 8 * axis, _INT64)
         if strides == 0:
-            if not in_c:
+            if order != C:
                 return False
         elif length != 1 and row[field.BYTES] != 0 and peek(strides + 8 * axis, _INT64) != step:
             return False

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from ..state.param_state import ParamState
 from ..update.rows import Rows
 from ..update.scalars import Scalars
-from ..update.settings import Settings
+from ..update.settings import Groups, Settings
 from . import lists
 from .arrays import DeviceArray, address, allocate, view
 from .compiler import driver
@@ -49,10 +49,10 @@ find_tables, take_lists = lists.find_tables, lists.take_lists
 def make_list_stepper(
     given: tuple[Any, ...],
     writable: bool,  # noqa: ARG001
-    shared: bool,
+    groups: Groups,
 ) -> tuple[ListStepper, Settings]:
     """Return what takes steps of arrays that come with each, and its hyperparameters."""
-    stepper = ListStepper(given, shared)
+    stepper = ListStepper(given, groups)
     return stepper, stepper.settings
 
 

@@ -14,7 +14,7 @@ from ..state.param_state import ParamState
 from ..update import layout
 from ..update.result import StepResult
 from ..update.rows import Rows
-from ..update.settings import Settings
+from ..update.settings import Groups, Settings
 from .arrays import DeviceArray, address, has_data_ptr, place_and_layout, view
 from .compiler import driver
 from .gradients import Gradients
@@ -74,7 +74,7 @@ class ListStepper(Stepper):
     sent there only where it is not what the last step left in it.
     """
 
-    def __init__(self, given: Given, shared: bool) -> None:
+    def __init__(self, given: Given, groups: Groups) -> None:
         count = len(given[layout.PARAM])
         check_steps(given[STEPS], count)
         names = (roles.PARAM, None, *roles.NAMES)
@@ -85,7 +85,7 @@ class ListStepper(Stepper):
                 if given[column] is not None:
                     arrays[str(names[column])] = self._taken(given, column, k)
             param = arrays.pop(roles.PARAM)
-            group = 0 if shared else k
+            group = 0 if groups is None else groups[k]
             name = label(layout.PARAM, k)
             states.append(ParamState(k, name, param, group, param.shape, arrays))
         memory = Memory.of(
@@ -98,7 +98,7 @@ class ListStepper(Stepper):
             address,
         )
         self._seen = self._looks(given)
-        self.settings = Settings([state.param.dtype for state in states], shared=shared)
+        self.settings = Settings([state.param.dtype for state in states], groups)
         steps = given[STEPS].copy()
         gradients = ListGradients(states, memory)
         device = max(0, *(state.param.device for state in states))

@@ -21,15 +21,18 @@ _HOST = 1
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 
 
-def check_param(array: Any, label: str) -> None:
+def check_param(array: Any, label: str, *, any_order: bool = False) -> None:
     """Refuse what cannot be updated in place.
+
+    With ``any_order``, the axes may lie in memory in any order.
 
     Raises
     ------
     TypeError
         If it is no NumPy array of float32 or float64 in native byte order.
     ValueError
-        If it is read-only, unaligned, or neither C- nor Fortran-contiguous.
+        If it is read-only, unaligned, or neither C- nor Fortran-contiguous; with
+        ``any_order``, if it has gaps or overlaps itself.
     """
     _check_kind(array, label)
     if array.dtype not in DTYPES:
@@ -38,7 +41,7 @@ def check_param(array: Any, label: str) -> None:
         )
     if not array.flags.writeable:
         raise ValueError(f"{label} must be writable, got a read-only {_kind_of_memory(array)}")
-    check_layout(array, label)
+    check_layout(array, label, any_order=any_order)
 
 
 def take_grad(
@@ -59,7 +62,8 @@ def take_grad(
     """
     array = as_plain(grad, label)
     check_alike(array, param, label, on_host=True)
-    check_layout(array, label, param)
+    if not is_dense(array) or not is_dense(param):
+        check_layout(array, label, param)
     check_order(array, param, label, _copy_like(param))
     if writable and (isinstance(grad, np.generic) or not array.flags.writeable):
         kind = "a NumPy scalar" if isinstance(grad, np.generic) else "a read-only array"
@@ -107,13 +111,43 @@ def check_order(
     array: npt.NDArray[Any], param: npt.NDArray[Any], label: str, hint: str = ""
 ) -> None:
     """Refuse an array that is not of its parameter's memory order; ``hint`` ends the message."""
-    same_order = array.flags.c_contiguous if param.flags.c_contiguous else array.flags.f_contiguous
-    if not same_order:
-        order = "C" if param.flags.c_contiguous else "Fortran"
+    if not same_order(array, param):
+        order = "C order, as its parameter is"
+        if not param.flags.c_contiguous:
+            order = "Fortran order, as its parameter is"
+        if not (param.flags.c_contiguous or param.flags.f_contiguous):
+            order = f"memory as its parameter is, with strides {param.strides}"
         raise ValueError(
-            f"{label} must be laid out in {order} order, as its parameter is, got strides"
-            f" {array.strides} for shape {array.shape}{hint}"
+            f"{label} must be laid out in {order}, got strides {array.strides} for shape"
+            f" {array.shape}{hint}"
         )
+
+
+def same_order(array: npt.NDArray[Any], param: npt.NDArray[Any]) -> bool:
+    """Whether an array's axes lie in memory as those of a parameter of its shape do."""
+    if param.flags.c_contiguous:
+        return array.flags.c_contiguous
+    if param.flags.f_contiguous:
+        return array.flags.f_contiguous
+    return _long_strides(array) == _long_strides(param)
+
+
+def is_dense(array: npt.NDArray[Any]) -> bool:
+    """Whether an array's elements fill its memory, with its axes in any order."""
+    if array.flags.c_contiguous or array.flags.f_contiguous:
+        return True
+    size = array.itemsize
+    for stride, length in sorted(_long_strides(array)):
+        if stride != size:
+            return False
+        size *= length
+    return True
+
+
+def _long_strides(array: npt.NDArray[Any]) -> list[tuple[int, int]]:
+    """Return stride and length of each axis that has more than one element."""
+    pairs = zip(array.strides, array.shape, strict=True)
+    return [(stride, length) for stride, length in pairs if length != 1]
 
 
 def check_alike(grad: Any, param: Any, label: str, on_host: bool = False) -> None:
@@ -153,12 +187,19 @@ def hint(thing: Any) -> str:
 
 
 def check_layout(
-    array: npt.NDArray[Any], label: str, like: npt.NDArray[Any] | None = None
+    array: npt.NDArray[Any],
+    label: str,
+    like: npt.NDArray[Any] | None = None,
+    *,
+    any_order: bool = False,
 ) -> None:
     """Refuse an array with gaps, or off the alignment of its elements."""
-    if not (array.flags.c_contiguous or array.flags.f_contiguous):
+    if not (
+        array.flags.c_contiguous or array.flags.f_contiguous or (any_order and is_dense(array))
+    ):
+        rule = "without gaps in memory" if any_order else "contiguous, in C or Fortran order"
         raise ValueError(
-            f"{label} must be contiguous, in C or Fortran order, got strides"
+            f"{label} must be {rule}, got strides"
             f" {array.strides} for shape {array.shape}{'' if like is None else _copy_like(like)}"
         )
     if not array.flags.aligned:
@@ -170,6 +211,8 @@ def check_layout(
 
 def _copy_like(param: npt.NDArray[Any]) -> str:
     """Return the end of a message: how to copy a gradient into its parameter's memory order."""
+    if not (param.flags.c_contiguous or param.flags.f_contiguous):
+        return "; numpy.copyto(numpy.empty_like(param), grad) does so"
     make = "ascontiguousarray" if param.flags.c_contiguous else "asfortranarray"
     return f"; numpy.{make}(grad) makes such a copy"
 

@@ -1,14 +1,20 @@
-"""Between fastadam and torch: state in both directions, and parameters on the CPU.
+"""Adam and AdamW for torch: change one import. And state in both directions.
 
 Once this module is imported, ``torch.load(weights_only=True)``, torch's default, takes
 NumPy arrays: those of a ``state_dict`` that ``torch.save`` has written.
 """
 
+try:
+    import torch as _torch  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ImportError("fastadam.torch needs PyTorch: pip install torch", name="torch") from error
+
 from ..state.torch_load import allow_arrays_in_torch_load
 from .cpu_params import CPUParams
+from .optimizers import Adam, AdamW
 from .state_dicts import from_torch, to_torch
 
-__all__ = ["CPUParams", "from_torch", "to_torch"]
+__all__ = ["Adam", "AdamW", "CPUParams", "from_torch", "to_torch"]
 
 allow_arrays_in_torch_load()
 

@@ -3,13 +3,16 @@
 from collections.abc import Sequence
 from itertools import repeat
 from operator import is_
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from ..params import hyperparameters
 from .layout import GRAD_FACTOR, GROUP_COLUMNS, LR, ONE_MINUS_EMA_DECAY
 from .scalars import fill, invert, largest_lr, limits, sign_of
+
+# For each parameter the place of its row; None if there is one row for all.
+Groups: TypeAlias = tuple[int, ...] | None
 
 # In this order, and then the gradients' scale.
 NAMES = (*hyperparameters.NAMES, "ema_decay")
@@ -26,14 +29,14 @@ def is_listed(name: str, value: Any) -> bool:
 
 
 class Settings:
-    """A row of float64 for all parameters, or one for each; to a stepper what `Scalars` is.
+    """A row of float64 for all parameters, or for each group; to a stepper what `Scalars` is.
 
     Parameters
     ----------
     dtypes : sequence of dtype
         Of each parameter.
-    shared : bool
-        Whether no hyperparameter is listed.
+    groups : Groups
+        None where no hyperparameter is listed.
 
     Attributes
     ----------
@@ -44,10 +47,16 @@ class Settings:
         As in `Scalars`.
     """
 
-    def __init__(self, dtypes: Sequence[np.dtype[Any]], *, shared: bool) -> None:
-        self.shared = shared
-        self._dtypes = [set(dtypes)] if shared else [{dtype} for dtype in dtypes]
+    def __init__(self, dtypes: Sequence[np.dtype[Any]], groups: Groups) -> None:
+        self.groups = groups
+        self._dtypes: list[set[np.dtype[Any]]] = [set(dtypes)]
+        if groups is not None:
+            self._dtypes = [set() for _ in range(max(groups, default=-1) + 1)]
+            for dtype, group in zip(dtypes, groups, strict=True):
+                self._dtypes[group].add(dtype)
         self.rows = np.zeros((len(self._dtypes), GROUP_COLUMNS), dtype=np.float64)
+        # As messages call what has a row.
+        self._whose = "param" if groups == tuple(range(len(dtypes))) else "group"
         self._largest = [min(limits("max", each), default=np.inf) for each in self._dtypes]
         self.largest = min(self._largest, default=np.inf)
         self._tiny = max(limits("tiny", set(dtypes)), default=0.0)
@@ -91,20 +100,21 @@ class Settings:
         self.lr = float(self.rows[0, LR]) if len(self.rows) else 0.0
         if None not in items:
             self._items = items
-            if self.shared and list not in map(type, given):  # a list can change unseen
+            if self.groups is None and list not in map(type, given):  # a list can change unseen
                 self._largest_lr = largest_lr(self.rows[0], self._largest[0])
                 self.given = given
 
     def _column(self, name: str, value: Any) -> Any:
         """Return an iterator over what is checked of one hyperparameter."""
         check = hyperparameters.CHECKS.get(name, hyperparameters.check_ema_decay)
-        if self.shared or not is_listed(name, value):
+        if self.groups is None or not is_listed(name, value):
             return repeat(check(value, name))
         values = value.tolist() if isinstance(value, np.ndarray) else value
         if not isinstance(values, list | tuple) or len(values) != len(self.rows):
             got = value.shape if isinstance(value, np.ndarray) else len(value)
             raise ValueError(
-                f"{name} must be one value, or one for each of {len(self.rows)} params, got {got}"
+                f"{name} must be one value, or one for each of {len(self.rows)}"
+                f" {self._whose}s, got {got}"
             )
         try:
             return iter([check(each, name) for each in values])
@@ -114,7 +124,7 @@ class Settings:
     def _write(self, k: int, values: tuple[Any, ...]) -> None:
         self._checked[k], row = None, self.rows[k]
         checked = dict(zip(NAMES, values, strict=True))
-        label = "" if self.shared else f"for params[{k}], "
+        label = "" if self.groups is None else f"for {self._whose}s[{k}], "
         for dtype in self._dtypes[k]:
             hyperparameters.check_fits(checked, dtype, label)
         fill(row, checked)
