@@ -46,7 +46,7 @@ def adam(
     max_exp_avg_sqs: Sequence[Array] | None = None,
     averages: Sequence[Array] | None = None,
     *,
-    steps: npt.NDArray[np.int64],
+    steps: npt.NDArray[np.int64] | Sequence[Array],
     groups: Sequence[int] | None = None,
     lr: Reals = 1e-2,
     betas: Pairs = (0.9, 0.95),
@@ -85,9 +85,12 @@ def adam(
     averages : sequence of array, optional
         The moving averages of the parameters, copies of them at first; with
         ``ema_decay``.
-    steps : numpy.ndarray of int64, shape (len(params),)
+    steps : numpy.ndarray of int64, shape (len(params),), or sequence of array
         Steps that each parameter has had. Each that has a gradient is counted
-        up, in the array, by the same kernel that updates the parameter.
+        up, in the array, by the same kernel that updates the parameter. Or an
+        array for each parameter, of float32 or float64 and shape (), on the
+        CPU: as torch's optimizers keep them, ``state_steps``. In float32 a
+        count ends at 2**24, as torch's does.
     groups : sequence of int, optional
         For each parameter the place of its values in those hyperparameters that
         are sequences. By default each has its own.
@@ -129,10 +132,6 @@ def adam(
     Torch's autograd is not told that parameters change: no tensor of a graph
     that is still to be run backward may be updated.
 
-    Torch's own optimizers keep each step in a tensor of its own, ``state_steps``.
-    For those, count twice: ``steps = np.array([int(s) for s in state_steps])``
-    before the call, and ``torch._foreach_add_(state_steps, 1)`` after it.
-
     Examples
     --------
     >>> import numpy as np
@@ -156,11 +155,14 @@ def adam(
             tuple(exp_avg_sqs),
             None if max_exp_avg_sqs is None else tuple(max_exp_avg_sqs),
             None if averages is None else tuple(averages),
-            steps,
+            steps if type(steps) is np.ndarray else tuple(steps),
         )
     except TypeError:
         _check_lists(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, averages)
-        raise
+        raise TypeError(
+            f"steps must be a numpy.ndarray of int64, or a list of arrays of one float, got"
+            f" {kind_of(steps)}"
+        ) from None
     if (averages is None) is not (ema_decay is None):
         raise ValueError(
             "averages and ema_decay must be given together, got"

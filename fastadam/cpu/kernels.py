@@ -70,14 +70,17 @@ def prepare(fields: Any, tensors: Any, scalars: Any, clip: Any, tiny: Any) -> No
     multiplied by ``clip``; ``tiny`` is the smallest normal number of their type.
     """
     groups = table(fields[field.GROUPS], fields[field.GROUP_COUNT], layout.GROUP_COLUMNS, _FLOAT64)
-    place = table(fields[field.COUNTS], 1, 2, _INT64)[0]
+    place = table(fields[field.COUNTS], 1, field.COUNTS_SIZE, _INT64)[0]
     counts = table(
         place[field.COUNTS_ADDRESS], tensors.shape[0], place[field.COUNTS_WIDTH], _INT64
     )
+    seen = table(fields[field.SEEN], tensors.shape[0], field.SEEN_COLUMNS, _INT64)
     row, group, step = -1, -1, -1
     for t in range(tensors.shape[0]):
         if tensors[t, layout.DTYPE] == fields[field.OWN_DTYPE] and tensors[t, GRAD] != 0:
             counts[t, 0] += 1
+            if place[field.COUNTS_AS_FLOATS] != 0:
+                _write_count(seen[t], counts[t, 0])
             if row < 0 or tensors[t, layout.GROUP] != group or counts[t, 0] != step:
                 row, group, step = row + 1, tensors[t, layout.GROUP], counts[t, 0]
                 g = groups[group]
@@ -89,6 +92,16 @@ def prepare(fields: Any, tensors: Any, scalars: Any, clip: Any, tiny: Any) -> No
                 for k, value in enumerate(values):
                     scalars[row, k] = value  # float64 to the parameter's type, once
             tensors[t, layout.ROW] = row
+
+
+@intrinsics.inline
+def _write_count(row: Any, count: Any) -> None:
+    """Write a count to the user's float, whose place is in a row of SEEN."""
+    place = row[field.COUNT_PLACE]
+    if row[field.COUNT_BYTES] == 4:
+        table(place, 1, 1, np.float32(0))[0, 0] = count
+    else:
+        table(place, 1, 1, _FLOAT64)[0, 0] = count
 
 
 @intrinsics.inline

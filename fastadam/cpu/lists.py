@@ -33,12 +33,12 @@ from . import layout as field
 from .intrinsics import peek, table
 from .numpy_structs import DATA, ITEMS, LENGTH, TYPE, accept, fits
 from .stepper import Stepper
-from .tensors import known_at, mark_of, meet_torch, place_of
+from .tensors import known_at, mark_of, meet_torch, place_of, scalar_of
 
-_INT64 = np.int64(0)
+_INT64, _FLOAT32, _FLOAT64 = np.int64(0), np.float32(0), np.float64(0)
 
 # What a call gives: in the order of `layout.ADDRESSES` a tuple of arrays each, None where a role
-# is not kept; then the array of step counts.
+# is not kept; then the counts of steps, an array or a tuple of arrays of one number.
 Given: TypeAlias = tuple[Any, ...]
 STEPS = len(layout.ADDRESSES)
 MOST_STEPS = 2**62
@@ -75,7 +75,6 @@ def look(context: Any, given: Any, writable: Any) -> Any:
     total, none = fields[field.TENSOR_COUNT], fields[field.NONE]
     tensors = table(fields[field.TENSORS], total, layout.TENSOR_COLUMNS, _INT64)
     seen = table(fields[field.SEEN], total + 1, field.SEEN_COLUMNS, _INT64)
-    counts = table(fields[field.COUNTS], 1, 2, _INT64)[0]
     for column in range(STEPS):
         arrays = peek(given + ITEMS + 8 * column, _INT64)
         if arrays != none and peek(arrays + LENGTH, _INT64) != total:
@@ -106,18 +105,48 @@ def look(context: Any, given: Any, writable: Any) -> Any:
                     return False
                 changed = True
     steps = peek(given + ITEMS + 8 * STEPS, _INT64)
-    if peek(steps + TYPE, _INT64) != ndarray or not fits(steps, seen[total], True):
+    at = _look_at_array(steps, seen) if peek(steps + TYPE, _INT64) == ndarray else 0
+    if at < 0 or (at == 0 and not _look_at_floats(steps, tensors, seen, known_at)):
         return False
+    counts = table(fields[field.COUNTS], 1, field.COUNTS_SIZE, _INT64)[0]
+    seen[total, field.FOUND] = at
+    changed |= counts[field.COUNTS_ADDRESS] != at and at != 0
+    if changed and not accept(fields, tensors, seen):
+        return False
+    counts[field.COUNTS_AS_FLOATS] = at == 0
+    counts[field.COUNTS_ADDRESS] = at if at != 0 else fields[field.TENSORS] + 8 * layout.STEP
+    counts[field.COUNTS_WIDTH] = 1 if at != 0 else layout.TENSOR_COLUMNS
+    return True
+
+
+@intrinsics.inline
+def _look_at_array(steps: Any, seen: Any) -> Any:
+    """Return where an array of counts lies; -1 if it is not as its row, the last, asks for."""
+    total = seen.shape[0] - 1
+    if not fits(steps, seen[total], True):
+        return -1
     start = peek(steps + DATA, _INT64)
     for t in range(total):
         if not 0 <= peek(start + 8 * t, _INT64) < MOST_STEPS:
-            return False
-    seen[total, field.FOUND] = start
-    if start != counts[field.COUNTS_ADDRESS]:
-        changed = True
-    if changed and not accept(fields, tensors, seen):
+            return -1
+    return start
+
+
+@intrinsics.inline
+def _look_at_floats(steps: Any, tensors: Any, seen: Any, known_at: Any) -> Any:
+    """Take over counts from a tuple of arrays of one float, and note where they lie."""
+    total = tensors.shape[0]
+    if peek(steps + LENGTH, _INT64) != total:
         return False
-    counts[field.COUNTS_ADDRESS] = start
+    for t in range(total):
+        place, size = scalar_of(peek(steps + ITEMS + 8 * t, _INT64), known_at)
+        if size == 0:
+            return False
+        count = np.float64(peek(place, _FLOAT32)) if size == 4 else peek(place, _FLOAT64)
+        if not 0 <= count < MOST_STEPS or count != np.floor(count):
+            return False
+        tensors[t, layout.STEP] = np.int64(count)
+        seen[t, field.COUNT_PLACE], seen[t, field.COUNT_BYTES] = place, size
     return True
 
 
@@ -157,7 +186,7 @@ def _place(array: Any) -> int:
     return 0 if array is None else address(array) if array.size else 1
 
 
-NAMES = ("params", "grads", *(role.argument for role in roles.ROLES))
+NAMES = ("params", "grads", *(role.argument for role in roles.ROLES), "steps")
 
 
 def label(column: int, place: int) -> str:
@@ -171,14 +200,16 @@ def plain(given: Given) -> Given:
     def one(column: int, k: int, array: Any) -> Any:
         if type(array) is np.ndarray or (array is None and column == layout.GRAD):
             return array
+        if column == STEPS and not hasattr(array, "dtype"):
+            return array  # `check_steps` says what it must be
         if hasattr(type(array), "data_ptr"):
             return _of_tensor(array, label(column, k))
         return as_plain(array, label(column, k))
 
     return tuple(
-        arrays
-        if column == STEPS or arrays is None
-        else tuple(one(column, k, array) for k, array in enumerate(arrays))
+        tuple(one(column, k, array) for k, array in enumerate(arrays))
+        if type(arrays) is tuple
+        else arrays
         for column, arrays in enumerate(given)
     )
 
@@ -223,7 +254,7 @@ class Lists:
 
     def __init__(self, given: Given, writable: bool, groups: Groups) -> None:
         self._memory = check(given, writable)
-        params, steps = given[layout.PARAM], given[STEPS]
+        params = given[layout.PARAM]
         names = (roles.PARAM, None, *roles.NAMES)
         kept = [(name, given[c]) for c, name in enumerate(names) if name and given[c] is not None]
         self.rows = Rows(
@@ -234,8 +265,9 @@ class Lists:
             [0] * len(params),
         )
         self._kept = None if look_kernel() else _kept(given)
-        self._seen, self._shapes = numpy_structs.new_seen([*params, steps])
-        self._counts = np.array([0, 1], dtype=np.int64)
+        counts = np.empty(len(params), dtype=np.int64)  # as `steps` is, if it is an array
+        self._seen, self._shapes = numpy_structs.new_seen([*params, counts])
+        self._counts = np.zeros(field.COUNTS_SIZE, dtype=np.int64)
         self.fields = {
             field.COUNTS: address(self._counts),
             field.SEEN: address(self._seen),
@@ -254,8 +286,20 @@ class Lists:
         if _kept(given) != self._kept:
             return False
         self.rows.table[:, layout.GRAD] = [_place(grad) for grad in given[layout.GRAD]]
-        self._counts[field.COUNTS_ADDRESS] = address(given[STEPS])
+        steps = given[STEPS]
+        if type(steps) is tuple:
+            self.rows.table[:, layout.STEP] = [int(step) for step in steps]
+            place = address(self.rows.table) + 8 * layout.STEP, layout.TENSOR_COLUMNS, 0
+        else:
+            place = address(steps), 1, 0
+        self._counts[:] = place
         return True
+
+    def write_counts(self, given: Given) -> None:
+        """Do what the kernel does with counts that are floats, where it was not `look` that ran."""
+        if self._kept is not None and type(given[STEPS]) is tuple:
+            for step, count in zip(given[STEPS], self.rows.table[:, layout.STEP], strict=True):
+                step[...] = count
 
     def take(self, context: int, grads: Given, writable: bool) -> Given:  # noqa: ARG002
         """Return the arrays of this call: `ListStepper.fit` has looked at them."""
@@ -306,7 +350,9 @@ def check(given: Given, writable: bool) -> Memory:
             take_grad(grad, param, label(layout.GRAD, k), writable)
     steps = given[STEPS]
     check_steps(steps, len(given[layout.PARAM]))
-    others = {**_named(given, [layout.GRAD]), "steps": steps}
+    others = _named(given, [layout.GRAD])
+    if type(steps) is not tuple:
+        others["steps"] = steps
     starts = np.array([address(array) for array in others.values()], dtype=np.int64)
     sizes = np.array([array.nbytes for array in others.values()], dtype=np.int64)
     own = [column for column in layout.ADDRESSES if column != layout.GRAD]
@@ -323,16 +369,44 @@ def _check_state(array: Any, param: npt.NDArray[Any], name: str) -> None:
 
 def check_steps(steps: Any, count: int) -> None:
     """Refuse what cannot count the steps of so many parameters, in place."""
+    if type(steps) is tuple:
+        _check_floats(steps, count)
+        return
     if type(steps) is not np.ndarray or steps.dtype != np.int64:
         kind = repr(steps.dtype) if isinstance(steps, np.ndarray) else type(steps).__qualname__
-        raise TypeError(f"steps must be a numpy.ndarray of int64, got {kind}")
+        raise TypeError(
+            f"steps must be a numpy.ndarray of int64, or a list of arrays of one float, got {kind}"
+        )
     if steps.shape != (count,):
         raise ValueError(f"steps.shape must be ({count},), one for each param, got {steps.shape}")
     if not (steps.flags.c_contiguous and steps.flags.aligned and steps.flags.writeable):
         raise ValueError("steps must be contiguous, aligned and writable, to be counted in place")
     for k, step in enumerate(steps.tolist()):
-        if not 0 <= step < MOST_STEPS:
-            raise ValueError(f"steps[{k}] must be >= 0 and under 2**62, got {step}")
+        _check_step(step, k)
+
+
+def _check_floats(steps: tuple[Any, ...], count: int) -> None:
+    """Refuse what are no arrays of one float each, as torch counts steps."""
+    if len(steps) != count:
+        raise ValueError(f"steps must have one array for each of {count} params, got {len(steps)}")
+    for k, step in enumerate(steps):
+        if str(getattr(step, "dtype", None)).rpartition(".")[2] not in ("float32", "float64"):
+            kind = repr(step.dtype) if hasattr(step, "dtype") else type(step).__qualname__
+            raise TypeError(
+                f"steps must be a numpy.ndarray of int64, or a list of arrays of one float, got"
+                f" {kind} in it"
+            )
+        if tuple(step.shape) != ():
+            raise ValueError(f"steps[{k}].shape must be (), got {tuple(step.shape)}")
+        if isinstance(step, np.ndarray) and not (step.flags.writeable and step.flags.aligned):
+            raise ValueError(f"steps[{k}] must be writable and aligned, to be counted in place")
+        _check_step(float(step), k)
+
+
+def _check_step(step: float, k: int) -> None:
+    if not 0 <= step < MOST_STEPS or step != step // 1:
+        whole = "" if isinstance(step, int) else " and whole"
+        raise ValueError(f"steps[{k}] must be >= 0 and under 2**62{whole}, got {step}")
 
 
 class ListStepper(Stepper):
@@ -349,13 +423,17 @@ class ListStepper(Stepper):
             return self._look(self._context, id(given), writable)  # type: ignore[no-any-return]
         return self._lists.fit(given, writable)
 
-    def step(self, grads: Given, zero_grad: bool) -> int:  # noqa: ARG002
+    def step(self, grads: Given, zero_grad: bool) -> int:
         """Take the step, with the arrays that have been looked at last."""
-        return self.update(zero_grad, 1.0)
+        step = self.update(zero_grad, 1.0)
+        self._lists.write_counts(grads)
+        return step
 
     def limited_step(
         self, grads: Given, zero_grad: bool, max_grad_norm: float | None, nonfinite: str
     ) -> StepResult:
         """Do the same where the norm is needed; its number is the first parameter's."""
-        self.step_count[0] = grads[STEPS][0]
-        return super().limited_step(grads, zero_grad, max_grad_norm, nonfinite)
+        self.step_count[0] = int(grads[STEPS][0])
+        result = super().limited_step(grads, zero_grad, max_grad_norm, nonfinite)
+        self._lists.write_counts(grads)
+        return result

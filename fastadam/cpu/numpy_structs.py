@@ -26,7 +26,7 @@ from .intrinsics import peek, table
 # type; data, nd (int), dimensions, strides, base, descr, flags (int).
 _HEAD = object.__basicsize__
 TYPE, DATA, NDIM, DIMENSIONS, STRIDES = _HEAD - 8, _HEAD, _HEAD + 8, _HEAD + 16, _HEAD + 24
-_DESCR, _FLAGS = _HEAD + 40, _HEAD + 48
+DESCR, _FLAGS = _HEAD + 40, _HEAD + 48
 C, F, _ALIGNED, _WRITEABLE = 0x1, 0x2, 0x100, 0x400
 # PyTupleObject: PyObject_HEAD, then its length; its items come last.
 LENGTH, ITEMS = _HEAD, tuple.__basicsize__
@@ -41,7 +41,7 @@ def fits(array: Any, row: Any, writable: Any) -> Any:
     ndim = row[field.NDIM]
     if (
         peek(array + _FLAGS, _INT32) & needed != needed
-        or peek(peek(array + _DESCR, _INT64) + DTYPE_MARK_OFFSET, _INT64) != row[field.DTYPE_MARK]
+        or peek(peek(array + DESCR, _INT64) + DTYPE_MARK_OFFSET, _INT64) != row[field.DTYPE_MARK]
         or peek(array + NDIM, _INT32) != ndim
     ):
         return False
@@ -168,7 +168,7 @@ def new_seen(arrays: Sequence[npt.NDArray[Any]]) -> tuple[npt.NDArray[np.int64],
         flags = array.flags
         row[field.MEMORY_ORDER] = C if flags.c_contiguous else F if flags.f_contiguous else 0
         row[field.DTYPE_MARK] = dtype_mark(array.dtype)
-        # DLPack's code, 2 for a float, then bits, then lanes.
+        # DLPack's code, 2 for a float, then bits, a byte each, then lanes.
         row[field.ELEMENT] = (2 if array.dtype.kind == "f" else 0) + 2048 * array.itemsize + 65536
         row[field.BYTES], row[field.ORDER] = array.nbytes, k
         start += 8 * array.ndim
@@ -203,7 +203,7 @@ def works() -> bool:
             _peek(id(array) + NDIM) & 0xFFFFFFFF,
             shape,
             strides,
-            _peek(_peek(id(array) + _DESCR) + DTYPE_MARK_OFFSET),
+            _peek(_peek(id(array) + DESCR) + DTYPE_MARK_OFFSET),
             flags,
         )
         expected = (

@@ -70,7 +70,7 @@ class Stepper:
         self._rows, self._scalars, self._gradients = rows, scalars, gradients
         self.step_count = np.array([step_count], dtype=np.int64)
         place = address(rows.table) + 8 * layout.STEP
-        self._counts = np.array([place, layout.TENSOR_COLUMNS], dtype=np.int64)
+        self._counts = np.array([place, layout.TENSOR_COLUMNS, 0], dtype=np.int64)
         shared = {
             field.TENSORS: address(rows.table),
             field.TENSOR_COUNT: len(rows.table),

@@ -10,17 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from ..params.arrays import address
+from ..params.arrays import DTYPE_MARK_OFFSET, DTYPES, address, dtype_mark
 from . import intrinsics
 from . import layout as field
 from .intrinsics import call_at, peek, table
-from .numpy_structs import DATA, DIMENSIONS, NDIM, TYPE, C, F
+from .numpy_structs import DATA, DESCR, DIMENSIONS, NDIM, TYPE, C, F
 
 _INT64, _INT32 = np.int64(0), np.int32(0)
 # DLTensor: data; device type, device number; ndim (all int32); code, bits (a byte each), lanes
 # (two); shape, strides, in elements, NULL for C order; bytes from data to the first element.
 _DEVICE, _NDIM, _ELEMENT, _SHAPE, _STRIDES, _OFFSET, _SIZE = 8, 16, 20, 24, 32, 40, 48
 _CPU = 1
+# Code 2, float, then bits, a byte each, then 1 lane.
+_SINGLE, _DOUBLE = 2 + (32 << 8) + (1 << 16), 2 + (64 << 8) + (1 << 16)
 # DLPackExchangeAPI: its version, major and minor, an older one of it, and then functions.
 _FROM_PYTHON = 16 + 3 * 8
 
@@ -28,6 +30,7 @@ _FROM_PYTHON = 16 + 3 * 8
 known = np.zeros(field.KNOWN_SIZE + _SIZE // 8, dtype=np.int64)
 known[field.KNOWN_NDARRAY] = id(np.ndarray)
 known_at = address(known)
+known[[field.KNOWN_SINGLE, field.KNOWN_DOUBLE]] = [dtype_mark(dtype) for dtype in DTYPES]
 _kept: list[Any] = []
 
 
@@ -83,6 +86,26 @@ def place_of(array: Any, row: Any, known_at: Any) -> Any:
     """Return where one of torch's lies; -1 if it is none, or not as its row of SEEN asks for."""
     tensor = describe(array, known_at)
     return first_element(tensor) if tensor != 0 and _tensor_fits(tensor, row) else -1
+
+
+@intrinsics.inline
+def scalar_of(array: Any, known_at: Any) -> Any:
+    """Return where the one number of an array lies, and its bytes: 4 or 8, 0 if it is no float."""
+    known = table(known_at, 1, field.KNOWN_SIZE, _INT64)[0]
+    if peek(array + TYPE, _INT64) == known[field.KNOWN_NDARRAY]:
+        mark = peek(peek(array + DESCR, _INT64) + DTYPE_MARK_OFFSET, _INT64)
+        if peek(array + NDIM, _INT32) == 0:
+            if mark == known[field.KNOWN_SINGLE]:
+                return peek(array + DATA, _INT64), 4
+            if mark == known[field.KNOWN_DOUBLE]:
+                return peek(array + DATA, _INT64), 8
+        return 0, 0
+    tensor = describe(array, known_at)
+    if tensor != 0 and peek(tensor + _NDIM, _INT32) == 0:
+        element = peek(tensor + _ELEMENT, _INT32)
+        if element in (_SINGLE, _DOUBLE):
+            return first_element(tensor), 4 if element == _SINGLE else 8
+    return 0, 0
 
 
 @intrinsics.inline

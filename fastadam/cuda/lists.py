@@ -49,6 +49,11 @@ def _look(array: Any, name: str) -> Any:
     return place, traits
 
 
+def _counts(given: Given) -> Any:
+    """Return a copy of the counts of steps, as integers."""
+    return np.array([int(step) for step in given[STEPS]], dtype=np.int64)
+
+
 class ListGradients(Gradients):
     """Gradients that come with all else, of which nothing is kept."""
 
@@ -99,7 +104,7 @@ class ListStepper(Stepper):
         )
         self._seen = self._looks(given)
         self.settings = Settings([state.param.dtype for state in states], groups)
-        steps = given[STEPS].copy()
+        steps = _counts(given)
         gradients = ListGradients(states, memory)
         device = max(0, *(state.param.device for state in states))
         rows = Rows.of(states, address, steps)
@@ -136,12 +141,12 @@ class ListStepper(Stepper):
 
     def fit(self, given: Given, writable: bool) -> bool:  # noqa: ARG002 - the step looks
         """Whether parameters and state are those that were seen first; take over the counts."""
-        steps = given[STEPS]
-        check_steps(steps, len(given[layout.PARAM]))
+        check_steps(given[STEPS], len(given[layout.PARAM]))
         if self._looks(given) != self._seen:
             return False
+        steps = _counts(given)
         if not np.array_equal(steps, self._counts):
-            self._counts = steps.copy()
+            self._counts = steps
             self.steps = self._counts
         if self._count != int(steps[0]):
             self._count = int(steps[0])
@@ -171,8 +176,12 @@ class ListStepper(Stepper):
             return step(*arguments)
         finally:
             if int(self.step_count[0]) != self._count:
-                present = [grad is not None for grad in given[layout.GRAD]]
-                np.add(given[STEPS], present, given[STEPS])
-                self._counts = given[STEPS].copy()
+                steps, present = given[STEPS], [grad is not None for grad in given[layout.GRAD]]
+                if type(steps) is tuple:
+                    for step, counted in zip(steps, present, strict=True):
+                        step[...] += int(counted)
+                else:
+                    np.add(steps, present, steps)
+                self._counts = _counts(given)
                 self._count += 1
             self._first.owner = None

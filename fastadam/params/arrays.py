@@ -197,7 +197,7 @@ def check_layout(
     if not (
         array.flags.c_contiguous or array.flags.f_contiguous or (any_order and is_dense(array))
     ):
-        rule = "without gaps in memory" if any_order else "contiguous, in C or Fortran order"
+        rule = "contiguous" if any_order else "contiguous, in C or Fortran order"
         raise ValueError(
             f"{label} must be {rule}, got strides"
             f" {array.strides} for shape {array.shape}{'' if like is None else _copy_like(like)}"

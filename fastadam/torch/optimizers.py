@@ -136,7 +136,6 @@ class _Fast(torch.optim.Optimizer):
                 part.finish()
 
     def _call(self, lists: Lists, grad_scale: float, max_grad_norm: Any, nonfinite: Any) -> Any:
-        steps = np.array([float(step) for step in lists.steps]).astype(np.int64)
         arrays = {
             role.argument: lists.arrays[role.name]
             for role in roles.ROLES
@@ -148,7 +147,7 @@ class _Fast(torch.optim.Optimizer):
             lists.params,
             lists.grads,
             **arrays,
-            steps=steps,
+            steps=lists.steps,
             groups=lists.groups,
             **options,
             ema_decay=self._ema_decay,
@@ -158,7 +157,6 @@ class _Fast(torch.optim.Optimizer):
         )
         if result is None or not result.skipped:
             updated = [k for k, grad in enumerate(lists.grads) if grad is not None]
-            torch._foreach_add_([lists.steps[k] for k in updated], 1)
             torch.autograd.graph.increment_version([lists.params[k] for k in updated])
         return result
 

@@ -632,12 +632,37 @@ BAD = {
     "steps float": (
         setting("steps", np.zeros(2)),
         TypeError,
-        r"steps must be a numpy.ndarray of int64, got dtype\('float64'\)",
+        r"steps must be a numpy.ndarray of int64, or .*, got dtype\('float64'\)",
     ),
     "steps list": (
         setting("steps", [0, 0]),
         TypeError,
-        "steps must be a numpy.ndarray of int64, got list",
+        "steps must be a numpy.ndarray of int64, or a list of arrays of one float, got int in it",
+    ),
+    "steps no list": (
+        setting("steps", 3),
+        TypeError,
+        "steps must be a numpy.ndarray of int64, or a list of arrays of one float, got int",
+    ),
+    "steps of another length": (
+        setting("steps", [np.zeros(())]),
+        ValueError,
+        "steps must have one array for each of 2 params, got 1",
+    ),
+    "steps of half precision": (
+        setting("steps", [np.zeros(()), np.zeros((), np.float16)]),
+        TypeError,
+        r"steps must be .* a list of arrays of one float, got dtype\('float16'\) in it",
+    ),
+    "steps of shape (1,)": (
+        setting("steps", [np.zeros(()), np.zeros(1)]),
+        ValueError,
+        r"steps\[1\]\.shape must be \(\), got \(1,\)",
+    ),
+    "half a step": (
+        setting("steps", [np.zeros(()), np.array(0.5)]),
+        ValueError,
+        r"steps\[1\] must be >= 0 and under 2\*\*62 and whole, got 0.5",
     ),
     "steps short": (
         setting("steps", np.zeros(1, np.int64)),
@@ -808,3 +833,111 @@ def test_a_forked_child_makes_tables_of_its_own():
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert len(functional._tables) == 2
+
+
+def counts_of(kind, counts, torch=None):
+    """Counts of steps as a user may keep them; ``int`` is NumPy's array."""
+    if kind == "int":
+        return np.array(counts, dtype=np.int64)
+    if kind == "torch":
+        dtypes = (torch.float32, torch.float64)
+        return [torch.tensor(float(c), dtype=dtypes[k % 2]) for k, c in enumerate(counts)]
+    dtypes = (np.float32, np.float64)
+    return [np.array(c, dtype=dtypes[k % 2]) for k, c in enumerate(counts)]
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "python"])
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_counts_may_be_floats_as_torch_keeps_them(monkeypatch, optional, kind, compiled):
+    torch = optional("torch") if kind == "torch" else None
+    if not compiled:
+        monkeypatch.setattr(lists, "look_kernel", lambda: None)
+        monkeypatch.setattr(lists, "find_kernel", lambda: None)
+    pictures = []
+    for each in ("int", kind):
+        kept, grads = engine(4)
+        kept.steps = counts_of(each, [7, 0, 3, 2**24], torch)
+        for step in range(3):
+            grads[2] = None if step == 1 else np.ones((), np.float32)
+            kept.step(grads, max_grad_norm=1.0 if step == 2 else None)
+        pictures.append([a.tobytes() for a in kept.arrays()])
+        # (The fourth is of float64.)
+        assert [int(step) for step in kept.steps] == [10, 3, 5, 2**24 + 3]
+    assert pictures[0] == pictures[1]
+
+
+def test_a_count_in_float32_ends_where_torchs_does():
+    kept, grads = engine(1)
+    kept.steps = [np.array(2**24, dtype=np.float32)]
+    kept.step(grads)
+    assert kept.steps == [2**24]
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_counts_in_floats_stay_where_a_step_is_skipped(skip):
+    kept, grads = engine(2)
+    kept.steps = counts_of("numpy", [1, 2])
+    grads[1][0] = np.nan
+    result = kept.step(grads, nonfinite="skip" if skip else "propagate", max_grad_norm=1.0)
+    assert result.skipped is skip
+    assert [int(step) for step in kept.steps] == ([1, 2] if skip else [2, 3])
+
+
+def test_hyperparameters_by_group_are_those_of_each_parameter():
+    pictures = []
+    for groups in (None, [1, 0, 1, 1]):
+        kept, grads = engine(4)
+        for step in range(3):
+            lrs, decays = [0.1 / (step + 1), 0.2], [0.0, 0.5]
+            if groups is None:
+                options = {"lr": [lrs[k] for k in (1, 0, 1, 1)]}
+                options["weight_decay"] = [decays[k] for k in (1, 0, 1, 1)]
+            else:
+                options = {"lr": lrs, "weight_decay": decays, "groups": groups}
+            kept.step(grads, **options)
+        pictures.append(kept.picture())
+    assert pictures[0] == pictures[1]
+
+
+@pytest.mark.parametrize("groups", [[0], [0, -1], [0, 1.0], [0, True]])
+def test_bad_groups(groups):
+    kept, grads = engine(2)
+    before = kept.picture()
+    with pytest.raises(ValueError, match=r"groups must be an int >= 0 for each of 2 params, got"):
+        kept.step(grads, lr=[0.1, 0.2], groups=groups)
+    assert kept.picture() == before
+
+
+def test_a_value_for_each_group():
+    kept, grads = engine(2)
+    with pytest.raises(ValueError, match=r"lr must be one value, or one for each of 1 groups"):
+        kept.step(grads, lr=[0.1, 0.2], groups=[0, 0])
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "python"])
+def test_axes_in_any_order(monkeypatch, rng, compiled):
+    """As of torch's channels_last: the same bits as in C order, and what has gaps is refused."""
+    if not compiled:
+        monkeypatch.setattr(lists, "look_kernel", lambda: None)
+        monkeypatch.setattr(lists, "find_kernel", lambda: None)
+    in_c = [rng.standard_normal((4, 3, 3, 2)), rng.standard_normal((1, 5, 2))]
+    grads = [rng.standard_normal(a.shape) for a in in_c]
+    orders = [(0, 2, 3, 1), (2, 0, 1)]
+
+    def other(array, order):
+        """The same values with axes that lie in memory in another order."""
+        return np.ascontiguousarray(array.transpose(order)).transpose(np.argsort(order))
+
+    params = [other(a, order) for a, order in zip(in_c, orders, strict=True)]
+    assert not params[0].flags.c_contiguous and not params[0].flags.f_contiguous
+    theirs, ours = Engine(in_c), Engine(params)
+    for _ in range(2):
+        theirs.step(grads)
+        ours.step([other(g, order) for g, order in zip(grads, orders, strict=True)])
+    for a, b in zip(theirs.arrays(), ours.arrays(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(ValueError, match=r"grads\[0\] must be laid out in memory as its parameter"):
+        ours.step(grads)
+    gaps = np.zeros((4, 3, 6, 2))[:, :, ::2].transpose(3, 0, 1, 2)
+    with pytest.raises(ValueError, match=r"params\[0\] must be contiguous, got strides"):
+        Engine([gaps]).step([np.zeros_like(gaps)])
