@@ -178,8 +178,8 @@ class ListStepper(Stepper):
             if int(self.step_count[0]) != self._count:
                 steps, present = given[STEPS], [grad is not None for grad in given[layout.GRAD]]
                 if type(steps) is tuple:
-                    for step, counted in zip(steps, present, strict=True):
-                        step[...] += int(counted)
+                    for count, counted in zip(steps, present, strict=True):
+                        count[...] += int(counted)
                 else:
                     np.add(steps, present, steps)
                 self._counts = _counts(given)

@@ -1,4 +1,4 @@
-"""What a step of a torch optimizer is about: lists over all groups, as `functional.adam` takes."""
+"""What a step of a torch optimizer is about: lists over its groups, as `functional.adam` takes."""
 
 from collections.abc import Sequence
 from operator import itemgetter
@@ -10,6 +10,12 @@ from ..state import roles
 
 Tensor = torch.Tensor
 State = dict[str, Any]
+Group = dict[str, Any]
+
+# The hyperparameters that differ from group to group, by torch's names, which are ours.
+OPTIONS = ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "maximize")
+_options_of = itemgetter(*OPTIONS)
+_NUMBERS = {float, int, bool}
 
 
 class Lists(NamedTuple):
@@ -21,10 +27,10 @@ class Lists(NamedTuple):
     grads : list of Tensor or None
     groups : list of int
         The place of each parameter's group.
-    steps : tuple of Tensor
+    steps : sequence of Tensor
         How many each has had.
     arrays : dict
-        For each role that is kept, by its name, a tuple of tensors.
+        For each role that is kept, by its name, a sequence of tensors.
     new : list of (Tensor, dict)
         Parameters of whose state something is not in the optimizer yet, and that state.
     """
@@ -50,47 +56,80 @@ def collect(optimizer: torch.optim.Optimizer, *, amsgrad: bool, average: bool) -
     options = [("amsgrad", amsgrad), ("ema_decay", average)]
     kept = [role.name for role in roles.kept(name for name, on in options if on)]
     values_of = itemgetter("step", *kept)
-    params, grads, groups, new, rows = [], [], [], [], []
-    find = optimizer.state.get
+    params: list[Tensor] = []
+    grads: list[Tensor | None] = []
+    groups: list[int] = []
+    new: list[tuple[Tensor, State]] = []
+    rows = []
+    find: Any = optimizer.state.get
     for k, group in enumerate(optimizer.param_groups):
-        if group["amsgrad"] is not amsgrad:
+        if bool(group["amsgrad"]) is not amsgrad:
             continue
         for param in group["params"]:
             grad, own = param.grad, find(param)
-            if not own and grad is None:
+            if own is None and grad is None:
                 continue
             try:
-                rows.append(values_of(own))
+                row = values_of(own)
             except (KeyError, TypeError):
+                if grad is None:  # state of somebody else's
+                    continue
                 own = completed(param, own, kept, group)
                 new.append((param, own))
-                rows.append(values_of(own))
+                row = values_of(own)
             params.append(param)
             grads.append(grad)
             groups.append(k)
+            rows.append(row)
     steps, *columns = zip(*rows, strict=True) if rows else [() for _ in range(1 + len(kept))]
     return Lists(params, grads, groups, steps, dict(zip(kept, columns, strict=True)), new)
 
 
-def completed(
-    param: Tensor, own: State | None, kept: Sequence[str], group: dict[str, Any]
-) -> State:
+def completed(param: Tensor, own: State | None, kept: Sequence[str], group: Group) -> State:
     """Return a parameter's state with what it lacks, as torch makes it at the first gradient."""
     if param.is_meta:
         raise RuntimeError(
             "a parameter on the device meta has no memory to update: load the model first, or"
             " move it with module.to_empty(device='cpu')"
         )
-    whole = {"step": new_step(group), **(own or {})}
-    for role in roles.ROLES:
-        if role.name in kept and role.name not in whole:
-            make = torch.zeros_like if role.starts_as == "zeros" else torch.clone
-            with torch.no_grad():
+    whole = {"step": _new_step(param, group), **(own or {})}
+    with torch.no_grad():
+        for role in roles.ROLES:
+            if role.name in kept and role.name not in whole:
+                make = torch.zeros_like if role.starts_as == "zeros" else torch.clone
                 whole[role.name] = make(param, memory_format=torch.preserve_format)
     return whole
 
 
-def new_step(group: dict[str, Any]) -> Tensor:
-    """Return a count of no steps: of torch's dtype, and where the host reads it at once."""
+def _new_step(param: Tensor, group: Group) -> Tensor:
+    """Return a count of no steps, of torch's dtype: where the host reads it, if it may."""
     double = torch.get_default_dtype() == torch.float64 and not group["fused"]
-    return torch.zeros((), dtype=torch.float64 if double else torch.float32, device="cpu")
+    return torch.zeros(
+        (),
+        dtype=torch.float64 if double else torch.float32,
+        device=param.device if group["capturable"] else "cpu",
+    )
+
+
+def options_of(groups: Sequence[Group]) -> dict[str, Any]:
+    """Return the groups' hyperparameters as `functional.adam` takes them.
+
+    One value where all groups have the same, otherwise a list.
+    """
+    columns = zip(*map(_options_of, groups), strict=True)
+    return dict(zip(OPTIONS, map(_one_or_list, columns), strict=True))
+
+
+def _one_or_list(column: tuple[Any, ...]) -> Any:
+    values = [value if type(value) in _NUMBERS else _plain(value) for value in column]
+    first = values[0]
+    return first if values.count(first) == len(values) else values
+
+
+def _plain(value: Any) -> Any:
+    """Return numbers of Python's for tensors of one element, and pairs of them."""
+    if isinstance(value, torch.Tensor):
+        return value.item()
+    if type(value) is tuple and _NUMBERS.issuperset(map(type, value)):
+        return value  # the same object: who remembers it need not look into it
+    return tuple(map(_plain, value)) if isinstance(value, tuple | list) else value

@@ -1,32 +1,30 @@
 """Adam and AdamW in the place of torch's: the same arguments, state and behaviour."""
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from .. import functional
 from ..params import hyperparameters
 from ..params.types import Nonfinite
 from ..state import roles
-from ..update.limits import clip_coefficient
 from ..update.result import StepResult
-from .collect import Lists, Tensor, collect
-from .unusual import USUAL, split
+from .collect import Group, Lists, State, Tensor, collect, options_of
+from .parts import USUAL, limit, one_call, split, step_by_torch
 
-# What hyperparameters are called in the groups, and by `functional.adam`.
-_OPTIONS = ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "maximize")
-_EXTRAS = ("max_grad_norm", "nonfinite", "ema_decay")
+_ARGUMENTS = {role.name: role.argument for role in roles.ROLES}
+_EXTRAS = ("_max_grad_norm", "_nonfinite", "_ema_decay")
 
 
-class _Fast(torch.optim.Optimizer):
+class _Optimizer(torch.optim.Optimizer):
     """The step, and what torch's optimizers have not."""
 
     _max_grad_norm: float | None = None
     _nonfinite: Nonfinite = "propagate"
     _ema_decay: float | None = None
+    # Whether one call of a kernel took all parameters as they are, in the last step.
+    _all_usual = True
     result: StepResult | None = None
 
     def _set_extras(
@@ -36,17 +34,52 @@ class _Fast(torch.optim.Optimizer):
         self._nonfinite = hyperparameters.check_nonfinite(nonfinite)
         self._ema_decay = hyperparameters.check_ema_decay(ema_decay)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in _EXTRAS}}
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The global norm to which gradients are scaled down, or None; can be set."""
+        return self._max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, max_grad_norm: float | None) -> None:
+        self._max_grad_norm = hyperparameters.check_max_grad_norm(max_grad_norm)
+
+    @property
+    def nonfinite(self) -> Nonfinite:
+        """What is done if a gradient is not finite: propagate, skip or raise; can be set."""
+        return self._nonfinite
+
+    @nonfinite.setter
+    def nonfinite(self, nonfinite: Nonfinite) -> None:
+        self._nonfinite = hyperparameters.check_nonfinite(nonfinite)
+
+    @property
+    def ema_decay(self) -> float | None:
+        """How much of the parameters' average each step keeps, or None; can be set."""
+        return self._ema_decay
+
+    @ema_decay.setter
+    def ema_decay(self, ema_decay: float | None) -> None:
+        self._ema_decay = hyperparameters.check_ema_decay(ema_decay)
+
     @property
     def ema_params(self) -> list[Tensor]:
-        """The averages of the parameters, in their order; a parameter itself before its first step."""
+        """The averages of the parameters, in the order of ``param_groups``.
+
+        They are the tensors ``state[param]["ema"]``, which each step moves. A
+        parameter that has had no gradient yet stands for itself, detached.
+
+        Raises
+        ------
+        AttributeError
+            If the optimizer was made without ``ema_decay``.
+        """
         if self._ema_decay is None:
             raise AttributeError("ema_params needs an optimizer made with ema_decay, got None")
         params = [param for group in self.param_groups for param in group["params"]]
         return [self.state.get(param, {}).get("ema", param.detach()) for param in params]
-
-    def __getstate__(self) -> dict[str, Any]:
-        own = {f"_{name}": getattr(self, f"_{name}") for name in _EXTRAS}
-        return {**super().__getstate__(), **own}
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient, in place.
@@ -54,11 +87,23 @@ class _Fast(torch.optim.Optimizer):
         Parameters
         ----------
         closure : callable, optional
-            Computes the gradients once more, and returns the loss.
+            Computes the gradients anew, and returns the loss.
 
         Returns
         -------
-        The closure's loss, or None.
+        Any
+            What the closure has returned, or None.
+
+        Raises
+        ------
+        RuntimeError
+            For a sparse gradient, or a parameter on the device ``meta``.
+        TypeError, ValueError
+            For hyperparameters out of range, or state that does not fit its
+            parameter.
+        FloatingPointError
+            With ``nonfinite="raise"``, for a gradient that is not finite. As
+            with the others, nothing has then been changed.
         """
         if self.defaults["differentiable"]:
             return _torchs_step(self, closure)
@@ -66,26 +111,29 @@ class _Fast(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._update()
+        # What a GradScaler sets, as for torch's fused optimizers.
+        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is None or not bool(found_inf):
+            self._update(1.0 if scale is None else float(scale))
         return loss
 
-    def _update(self) -> None:
-        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        grad_scale = 1.0 if scale is None else float(scale)
-        if found_inf is not None and bool(found_inf):
-            return
-        flags = {bool(group["amsgrad"]) for group in self.param_groups}
+    @torch._disable_dynamo  # type: ignore[attr-defined,untyped-decorator]
+    def _update(self, grad_scale: float) -> None:
+        """Take the step, with state for parameters that have a gradient for the first time."""
         several = [
             collect(self, amsgrad=amsgrad, average=self._ema_decay is not None)
-            for amsgrad in flags
+            for amsgrad in {bool(group["amsgrad"]) for group in self.param_groups}
         ]
         several = [lists for lists in several if lists.params]
         new = [pair for lists in several for pair in lists.new]
+        if not new:
+            self._take(several, grad_scale)
+            return
         before = [(param, self.state.get(param)) for param, _ in new]
         self.state.update(new)
         try:
             self._take(several, grad_scale)
-        except Exception:
+        except Exception:  # nothing has been changed, and this is not to be either
             for param, own in before:
                 if own is None:
                     del self.state[param]
@@ -93,94 +141,73 @@ class _Fast(torch.optim.Optimizer):
                     self.state[param] = own
             raise
 
-    def _take(self, several: list[Lists], grad_scale: float) -> None:
-        if not several:
-            return
-        if len(several) == 1 and set(map(type, several[0].params)) <= USUAL:
+    def _take(self, several: Sequence[Lists], grad_scale: float) -> None:
+        groups, limits = self.param_groups, (self._max_grad_norm, self._nonfinite)
+        if self._all_usual and len(several) == 1 and set(map(type, several[0].params)) <= USUAL:
             try:
-                self.result = self._call(
-                    several[0], grad_scale, self._max_grad_norm, self._nonfinite
-                )
+                self.result = self._call(several[0], grad_scale, *limits)
                 return
-            except (TypeError, ValueError):
-                # Whether stand-ins help; if not, the same is raised again.
-                pass
+            except (RuntimeError, TypeError, ValueError):
+                pass  # if there are no parts to make, the same is raised again
         with torch.no_grad():
             parts = [
                 part
                 for lists in several
-                for part in split(lists, [self.state[param] for param in lists.params])
+                for part in split(lists, groups, [self.state[param] for param in lists.params])
             ]
-            max_grad_norm, nonfinite = self._max_grad_norm, self._nonfinite
-            limited = max_grad_norm is not None or nonfinite != "propagate"
-            norm = None
-            if limited and (
-                len(parts) > 1 or any(hasattr(p, "to_local") for ls in several for p in ls.params)
-            ):
-                grads = [g for ls in several for g in ls.grads if g is not None]
-                total = torch.nn.utils.get_total_norm(grads)
-                norm = float(total.full_tensor() if hasattr(total, "full_tensor") else total)
-                norm /= grad_scale
-                if not math.isfinite(norm):
-                    if nonfinite == "raise":
-                        raise FloatingPointError("a gradient holds NaN or infinity")
-                    if nonfinite == "skip":
-                        self.result = StepResult(0, 0.0, norm, skipped=True)
-                        return
-                grad_scale /= clip_coefficient(
-                    norm, math.inf if max_grad_norm is None else max_grad_norm
-                )
-                max_grad_norm, nonfinite = None, "propagate"
-            for part in parts:
-                self.result = self._call(part.lists, grad_scale, max_grad_norm, nonfinite)
-                part.finish()
+            self._all_usual = len(parts) == 1 and parts[0].as_given
+            result = None
+            if limits != (None, "propagate") and parts and not one_call(parts):
+                result, grad_scale = limit(parts, groups, grad_scale, *limits)
+                limits = None, "propagate"
+            if result is None or not result.skipped:
+                for part in parts:
+                    if part.by_torch:
+                        step_by_torch(part.lists, groups, self._ema_decay, grad_scale)
+                    else:
+                        last = self._call(part.lists, grad_scale, *limits)
+                        result = result or last
+            self.result = result
 
-    def _call(self, lists: Lists, grad_scale: float, max_grad_norm: Any, nonfinite: Any) -> Any:
-        arrays = {
-            role.argument: lists.arrays[role.name]
-            for role in roles.ROLES
-            if role.name in lists.arrays
-        }
-        values = [[_plain(group[name]) for group in self.param_groups] for name in _OPTIONS]
-        options = dict(zip(_OPTIONS, values, strict=True))
+    def _call(
+        self,
+        lists: Lists,
+        grad_scale: float,
+        max_grad_norm: float | None,
+        nonfinite: Nonfinite,
+    ) -> StepResult | None:
+        """Take a step by `functional.adam`, and tell autograd which parameters have changed."""
+        arrays: dict[str, Any] = {_ARGUMENTS[name]: each for name, each in lists.arrays.items()}
         result = functional.adam(
             lists.params,
             lists.grads,
             **arrays,
             steps=lists.steps,
             groups=lists.groups,
-            **options,
+            **options_of(self.param_groups),
             ema_decay=self._ema_decay,
             grad_scale=grad_scale,
             max_grad_norm=max_grad_norm,
             nonfinite=nonfinite,
         )
         if result is None or not result.skipped:
-            updated = [k for k, grad in enumerate(lists.grads) if grad is not None]
-            torch.autograd.graph.increment_version([lists.params[k] for k in updated])
+            changed = lists.params
+            if type(None) in map(type, lists.grads):
+                changed = [p for p, g in zip(changed, lists.grads, strict=True) if g is not None]
+            torch.autograd.graph.increment_version(changed)
         return result
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple | list):
-        return tuple(map(_plain, value))
-    if isinstance(value, torch.Tensor):
-        return value.item()
-    return bool(value) if isinstance(value, bool) else float(value)
-
-
-def _torchs_step(optimizer: Any, closure: Any) -> Any:
-    """Take torch's own step, which gradients can flow through, without its hooks: ours has them."""
+def _torchs_step(optimizer: Any, closure: Callable[[], Any] | None) -> Any:
+    """Take torch's own step, through which gradients can flow."""
     step = torch.optim.Adam.step
-    return (
-        getattr(step, "__wrapped__", step)(optimizer, closure)
-        if getattr(step, "hooked", False)
-        else step(optimizer, closure)
-    )
+    if getattr(step, "hooked", False):  # the hooks are run by our own step
+        step = step.__wrapped__  # type: ignore[attr-defined]
+    return step(optimizer, closure)
 
 
-class Adam(_Fast, torch.optim.Adam):
-    """`torch.optim.Adam`, updated by fastadam."""
+class Adam(_Optimizer, torch.optim.Adam):
+    """`torch.optim.Adam` with fastadam's step."""
 
     def __init__(
         self,
@@ -202,8 +229,7 @@ class Adam(_Fast, torch.optim.Adam):
         ema_decay: float | None = None,
     ) -> None:
         self._set_extras(max_grad_norm, nonfinite, ema_decay)
-        torch.optim.Adam.__init__(
-            self,
+        super().__init__(
             params,
             lr,
             betas,
@@ -219,8 +245,8 @@ class Adam(_Fast, torch.optim.Adam):
         )
 
 
-class AdamW(_Fast, torch.optim.AdamW):
-    """`torch.optim.AdamW`, updated by fastadam."""
+class AdamW(_Optimizer, torch.optim.AdamW):
+    """`torch.optim.AdamW` with fastadam's step."""
 
     def __init__(
         self,
@@ -241,16 +267,15 @@ class AdamW(_Fast, torch.optim.AdamW):
         ema_decay: float | None = None,
     ) -> None:
         self._set_extras(max_grad_norm, nonfinite, ema_decay)
-        torch.optim.AdamW.__init__(
-            self,
+        super().__init__(
             params,
             lr,
             betas,
             eps,
             weight_decay,
             amsgrad,
-            foreach=foreach,
             maximize=maximize,
+            foreach=foreach,
             capturable=capturable,
             differentiable=differentiable,
             fused=fused,

@@ -936,7 +936,9 @@ def test_axes_in_any_order(monkeypatch, rng, compiled):
         ours.step([other(g, order) for g, order in zip(grads, orders, strict=True)])
     for a, b in zip(theirs.arrays(), ours.arrays(), strict=True):
         np.testing.assert_array_equal(a, b)
-    with pytest.raises(ValueError, match=r"grads\[0\] must be laid out in memory as its parameter"):
+    with pytest.raises(
+        ValueError, match=r"grads\[0\] must be laid out in memory as its parameter"
+    ):
         ours.step(grads)
     gaps = np.zeros((4, 3, 6, 2))[:, :, ::2].transpose(3, 0, 1, 2)
     with pytest.raises(ValueError, match=r"params\[0\] must be contiguous, got strides"):

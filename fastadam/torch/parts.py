@@ -1,0 +1,237 @@
+"""Tensors that no kernel takes as they are, and what is done with them instead.
+
+Distributed tensors are updated in their local part, complex ones as pairs of reals. Half
+precision, memory with gaps, other devices than the CPU's and CUDA's, and CUDA graphs
+(``capturable``) are left to torch's own kernels.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch.optim.adam import adam as torchs_adam
+
+from ..params.types import Nonfinite
+from ..update.limits import clip_coefficient
+from ..update.result import StepResult
+from .collect import OPTIONS, Group, Lists, State, Tensor
+
+USUAL = {torch.Tensor, torch.nn.Parameter}
+_DTYPES = {torch.float32, torch.float64}
+_DEVICES = {"cpu", "cuda"}
+_SPARSE = "Adam does not support sparse gradients, please consider SparseAdam instead"
+
+
+class Part:
+    """Parameters on one device, which one call updates.
+
+    Attributes
+    ----------
+    by_torch : bool
+        Whether torch's own kernels do it.
+    lists : Lists
+        With stand-ins where those are needed.
+    grads : list of Tensor
+        What the norm is taken of: distributed gradients are not their local parts here.
+    as_given : bool
+        Whether there are no stand-ins.
+    """
+
+    def __init__(self, by_torch: bool, kept: Iterable[str]) -> None:
+        self.by_torch, self.as_given = by_torch, not by_torch
+        self.lists = Lists([], [], [], [], {name: [] for name in kept}, [])
+        self.grads: list[Tensor] = []
+
+    def add(self, row: Sequence[Any], step: Tensor, k: int) -> None:
+        """Add a parameter of group ``k``, its gradient and the arrays of its state."""
+        self.lists.params.append(row[0])
+        self.lists.grads.append(row[1])
+        self.lists.groups.append(k)
+        self.lists.steps.append(step)  # type: ignore[attr-defined]
+        for column, array in zip(self.lists.arrays.values(), row[2:], strict=True):
+            column.append(array)  # type: ignore[attr-defined]
+
+
+def split(lists: Lists, groups: Sequence[Group], states: Sequence[State]) -> list[Part]:
+    """Return the same in parts that can be updated; ``states`` has each parameter's.
+
+    State that lies in memory in another order than its parameter is brought into that order, as
+    after a load, or ``module.to(memory_format=...)``.
+
+    Raises
+    ------
+    RuntimeError
+        For a sparse gradient.
+    """
+    parts: dict[tuple[torch.device, bool], Part] = {}
+    for i, (param, grad, own) in enumerate(zip(lists.params, lists.grads, states, strict=True)):
+        if grad is not None and grad.layout != torch.strided:
+            raise RuntimeError(_SPARSE)
+        whole: list[Any] = [param, grad, *(_in_order(own, name, param) for name in lists.arrays)]
+        row = _local(whole) if hasattr(param, "to_local") else whole
+        if param.is_complex():
+            row = [None if t is None else torch.view_as_real(t) for t in row]
+        group, step = groups[lists.groups[i]], lists.steps[i]
+        by_torch = group["capturable"] or not _has_kernel(row)
+        if not by_torch:
+            if grad is not None and not _same_layout(row[1], row[0]):
+                row = [
+                    row[0],
+                    torch.empty_like(row[0], dtype=row[1].dtype).copy_(row[1]),
+                    *row[2:],
+                ]
+            if step.device.type != "cpu" or not step.is_floating_point():
+                # To where the host reads it at once, as after a load from a fused optimizer.
+                step = own["step"] = step.to("cpu", torch.float32)
+        part = parts.setdefault((row[0].device, by_torch), Part(by_torch, lists.arrays))
+        part.add(row, step, lists.groups[i])
+        part.as_given &= row is whole
+        if grad is not None:
+            part.grads.append(grad if hasattr(grad, "to_local") else row[1])
+    return list(parts.values())
+
+
+def _in_order(own: State, name: str, param: Tensor) -> Tensor:
+    """Return an array of a parameter's state, brought into the parameter's memory order."""
+    array: Tensor = own[name]
+    if type(array) in USUAL and array.shape == param.shape and not _same_layout(array, param):
+        array = own[name] = torch.empty_like(param, dtype=array.dtype).copy_(array)
+    return array
+
+
+def _local(row: Sequence[Any]) -> list[Any]:
+    """Return the local parts of distributed tensors, all placed as the parameter is."""
+    placements = row[0].placements
+    local = []
+    for tensor in row:
+        part = tensor
+        if tensor is not None:
+            if tensor.placements != placements:
+                part = tensor.redistribute(placements=placements)
+            part = part.to_local()
+            if hasattr(part, "wait"):  # it may still be on its way
+                part = part.wait()
+        local.append(part)
+    return local
+
+
+def _has_kernel(row: Sequence[Any]) -> bool:
+    """Whether a kernel of ours takes a parameter with such state."""
+    param = row[0]
+    return (
+        param.dtype in _DTYPES
+        and param.device.type in _DEVICES
+        and is_dense(param)
+        and all(_same_layout(array, param) for array in row[2:])
+    )
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor's elements fill its memory without gaps, its axes in any order."""
+    size = 1
+    for stride, length in sorted(_long_strides(tensor)):
+        if stride != size:
+            return False
+        size *= length
+    return True
+
+
+def _same_layout(tensor: Tensor, param: Tensor) -> bool:
+    return tensor.stride() == param.stride() or _long_strides(tensor) == _long_strides(param)
+
+
+def _long_strides(tensor: Tensor) -> list[tuple[int, int]]:
+    """Return stride and length of each axis of more than one element."""
+    if tensor.numel() == 0:
+        return []
+    pairs = zip(tensor.stride(), tensor.shape, strict=True)
+    return [(stride, length) for stride, length in pairs if length != 1]
+
+
+def step_by_torch(
+    lists: Lists, groups: Sequence[Group], ema_decay: float | None, grad_scale: float
+) -> None:
+    """Take a step by torch's own kernels."""
+    for k in dict.fromkeys(lists.groups):
+        group = groups[k]
+        own = [i for i, g in enumerate(lists.grads) if g is not None and lists.groups[i] == k]
+        if not own:
+            continue
+        columns: tuple[Any, ...] = (lists.params, lists.grads, lists.steps)
+        params, grads, steps = ([column[i] for i in own] for column in columns)
+        arrays = {name: [column[i] for i in own] for name, column in lists.arrays.items()}
+        if grad_scale != 1.0:
+            grads = torch._foreach_div(grads, grad_scale)
+        capturable, on_cpu = group["capturable"], params[0].device.type == "cpu"
+        # Torch's fused kernel on the CPU takes all tensors for dense, in one order.
+        fusible = on_cpu and all(
+            is_dense(param) and all(_same_layout(array, param) for array in rest)
+            for param, *rest in zip(params, grads, *arrays.values(), strict=True)
+        )
+        beta1, beta2 = group["betas"]
+        torchs_adam(
+            params,
+            grads,
+            arrays["exp_avg"],
+            arrays["exp_avg_sq"],
+            arrays.get("max_exp_avg_sq", []),
+            steps,
+            fused=group["fused"] if capturable else fusible,
+            foreach=group["foreach"] if capturable else not on_cpu,
+            capturable=capturable,
+            amsgrad="max_exp_avg_sq" in arrays,
+            beta1=beta1,
+            beta2=beta2,
+            **{name: group[name] for name in OPTIONS if name != "betas"},
+        )
+        if ema_decay is not None:
+            torch._foreach_lerp_(arrays["ema"], params, 1.0 - ema_decay)
+
+
+def one_call(parts: Sequence[Part]) -> bool:
+    """Whether one call of a kernel of ours sees all gradients."""
+    return len(parts) == 1 and not any(
+        parts[0].by_torch or hasattr(grad, "to_local") for grad in parts[0].grads
+    )
+
+
+def limit(
+    parts: Sequence[Part],
+    groups: Sequence[Group],
+    grad_scale: float,
+    max_grad_norm: float | None,
+    nonfinite: Nonfinite,
+) -> tuple[StepResult, float]:
+    """Return what a step's result is to be, and the scale with which gradients are clipped.
+
+    Where one call of a kernel does not see all gradients: some are on other processes or
+    devices, or are torch's to update.
+
+    Raises
+    ------
+    FloatingPointError
+        With ``nonfinite="raise"``, for a gradient that is not finite.
+    """
+    norm = _total_norm([grad for part in parts for grad in part.grads]) / grad_scale
+    if nonfinite == "raise" and not math.isfinite(norm):
+        raise FloatingPointError(f"gradients must be finite, got a norm of {norm}")
+    first = parts[0].lists
+    lr = float(groups[first.groups[0]]["lr"])
+    skipped = nonfinite == "skip" and not math.isfinite(norm)
+    result = StepResult(int(first.steps[0]), lr, norm, skipped=skipped)
+    max_norm = math.inf if max_grad_norm is None else max_grad_norm
+    return result, grad_scale / clip_coefficient(norm, max_norm)
+
+
+def _total_norm(grads: Iterable[Tensor]) -> float:
+    """Return the norm of all gradients, distributed ones as a whole, in float64."""
+    families: dict[Any, list[Tensor]] = {}
+    for grad in grads:
+        own = torch.linalg.vector_norm(grad.detach(), dtype=torch.float64)
+        families.setdefault(getattr(grad, "device_mesh", grad.device), []).append(own)
+    squares = 0.0
+    for norms in families.values():
+        total = torch.linalg.vector_norm(torch.stack(norms))
+        squares += float(total.full_tensor() if hasattr(total, "full_tensor") else total) ** 2
+    return math.sqrt(squares)
