@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 # argparse breaks the lines of --help at this width, and Matplotlib needs no screen.
@@ -40,6 +41,7 @@ napoleon_preprocess_types = False
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 autodoc_class_signature = "mixed"
+autodoc_mock_imports = [] if find_spec("torch") else ["torch"]
 default_role = "py:obj"
 add_module_names = False
 toc_object_entries_show_parents = "hide"

@@ -1,5 +1,6 @@
 """Adam that updates your own arrays in place, in one pass, with the same bits everywhere."""
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from . import objects as objects
@@ -32,12 +33,13 @@ __all__ = [
     "save",
     "schedules",
 ]
-# Not among those that a star imports: it would stand in the place of the real one.
+# Not among those that a star imports: it would stand in the place of the real one. Each needs
+# the package whose name it has.
 _NAMED_AS_OTHERS = ["torch"]
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *_NAMED_AS_OTHERS])
+    return sorted([*__all__, *filter(find_spec, _NAMED_AS_OTHERS)])
 
 
 if not TYPE_CHECKING:  # for which every name would be there

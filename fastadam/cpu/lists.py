@@ -296,7 +296,7 @@ class Lists:
         return True
 
     def write_counts(self, given: Given) -> None:
-        """Do what the kernel does with counts that are floats, where it was not `look` that ran."""
+        """Write counts that are floats, as the kernel does after `look`."""
         if self._kept is not None and type(given[STEPS]) is tuple:
             for step, count in zip(given[STEPS], self.rows.table[:, layout.STEP], strict=True):
                 step[...] = count

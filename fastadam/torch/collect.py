@@ -1,6 +1,7 @@
 """What a step of a torch optimizer is about: lists over its groups, as `functional.adam` takes."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -53,9 +54,7 @@ def collect(optimizer: torch.optim.Optimizer, *, amsgrad: bool, average: bool) -
     RuntimeError
         For a parameter that has no memory.
     """
-    options = [("amsgrad", amsgrad), ("ema_decay", average)]
-    kept = [role.name for role in roles.kept(name for name, on in options if on)]
-    values_of = itemgetter("step", *kept)
+    kept, values_of = _kept(amsgrad, average)
     params: list[Tensor] = []
     grads: list[Tensor | None] = []
     groups: list[int] = []
@@ -83,6 +82,14 @@ def collect(optimizer: torch.optim.Optimizer, *, amsgrad: bool, average: bool) -
             rows.append(row)
     steps, *columns = zip(*rows, strict=True) if rows else [() for _ in range(1 + len(kept))]
     return Lists(params, grads, groups, steps, dict(zip(kept, columns, strict=True)), new)
+
+
+@functools.cache
+def _kept(amsgrad: bool, average: bool) -> tuple[list[str], Callable[[Any], tuple[Any, ...]]]:
+    """Return what is kept of a parameter, and what reads it, and the step, from its state."""
+    options = [("amsgrad", amsgrad), ("ema_decay", average)]
+    names = [role.name for role in roles.kept(name for name, on in options if on)]
+    return names, itemgetter("step", *names)
 
 
 def completed(param: Tensor, own: State | None, kept: Sequence[str], group: Group) -> State:
@@ -116,20 +123,26 @@ def options_of(groups: Sequence[Group]) -> dict[str, Any]:
 
     One value where all groups have the same, otherwise a list.
     """
-    columns = zip(*map(_options_of, groups), strict=True)
-    return dict(zip(OPTIONS, map(_one_or_list, columns), strict=True))
+    if len(groups) == 1:
+        values = _options_of(groups[0])
+        if not _NUMBERS.issuperset(map(type, values)):
+            values = map(_plain, values)
+    else:
+        values = map(_one_or_list, zip(*map(_options_of, groups), strict=True))
+    return dict(zip(OPTIONS, values, strict=True))
 
 
 def _one_or_list(column: tuple[Any, ...]) -> Any:
-    values = [value if type(value) in _NUMBERS else _plain(value) for value in column]
+    values = [*map(_plain, column)]
     first = values[0]
     return first if values.count(first) == len(values) else values
 
 
 def _plain(value: Any) -> Any:
     """Return numbers of Python's for tensors of one element, and pairs of them."""
+    kind = type(value)
+    if kind in _NUMBERS or (kind is tuple and _NUMBERS.issuperset(map(type, value))):
+        return value  # the same object: who remembers it need not look into it
     if isinstance(value, torch.Tensor):
         return value.item()
-    if type(value) is tuple and _NUMBERS.issuperset(map(type, value)):
-        return value  # the same object: who remembers it need not look into it
     return tuple(map(_plain, value)) if isinstance(value, tuple | list) else value

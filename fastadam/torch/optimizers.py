@@ -10,7 +10,7 @@ from ..params import hyperparameters
 from ..params.types import Nonfinite
 from ..state import roles
 from ..update.result import StepResult
-from .collect import Group, Lists, State, Tensor, collect, options_of
+from .collect import Lists, Tensor, collect, options_of
 from .parts import USUAL, limit, one_call, split, step_by_torch
 
 _ARGUMENTS = {role.name: role.argument for role in roles.ROLES}
@@ -117,7 +117,7 @@ class _Optimizer(torch.optim.Optimizer):
             self._update(1.0 if scale is None else float(scale))
         return loss
 
-    @torch._disable_dynamo  # type: ignore[attr-defined,untyped-decorator]
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def _update(self, grad_scale: float) -> None:
         """Take the step, with state for parameters that have a gradient for the first time."""
         several = [

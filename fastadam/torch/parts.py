@@ -68,8 +68,8 @@ def split(lists: Lists, groups: Sequence[Group], states: Sequence[State]) -> lis
     for i, (param, grad, own) in enumerate(zip(lists.params, lists.grads, states, strict=True)):
         if grad is not None and grad.layout != torch.strided:
             raise RuntimeError(_SPARSE)
-        whole: list[Any] = [param, grad, *(_in_order(own, name, param) for name in lists.arrays)]
-        row = _local(whole) if hasattr(param, "to_local") else whole
+        whole = [param, grad, *(_in_order(own, name, param) for name in lists.arrays)]
+        row: Sequence[Any] = _local(whole) if hasattr(param, "to_local") else whole
         if param.is_complex():
             row = [None if t is None else torch.view_as_real(t) for t in row]
         group, step = groups[lists.groups[i]], lists.steps[i]
@@ -81,6 +81,7 @@ def split(lists: Lists, groups: Sequence[Group], states: Sequence[State]) -> lis
                     torch.empty_like(row[0], dtype=row[1].dtype).copy_(row[1]),
                     *row[2:],
                 ]
+            row = _in_c_order(row)
             if step.device.type != "cpu" or not step.is_floating_point():
                 # To where the host reads it at once, as after a load from a fused optimizer.
                 step = own["step"] = step.to("cpu", torch.float32)
@@ -114,6 +115,16 @@ def _local(row: Sequence[Any]) -> list[Any]:
                 part = part.wait()
         local.append(part)
     return local
+
+
+def _in_c_order(row: Sequence[Any]) -> Sequence[Any]:
+    """Return views on a device in C order: its kernels take no other order of the axes."""
+    param = row[0]
+    if param.device.type == "cpu" or param.is_contiguous():
+        return row
+    strides = param.stride()
+    axes = sorted(range(param.dim()), key=lambda axis: strides[axis], reverse=True)
+    return [None if tensor is None else tensor.permute(axes) for tensor in row]
 
 
 def _has_kernel(row: Sequence[Any]) -> bool:
@@ -162,7 +173,7 @@ def step_by_torch(
         params, grads, steps = ([column[i] for i in own] for column in columns)
         arrays = {name: [column[i] for i in own] for name, column in lists.arrays.items()}
         if grad_scale != 1.0:
-            grads = torch._foreach_div(grads, grad_scale)
+            grads = [*torch._foreach_div(grads, grad_scale)]
         capturable, on_cpu = group["capturable"], params[0].device.type == "cpu"
         # Torch's fused kernel on the CPU takes all tensors for dense, in one order.
         fusible = on_cpu and all(

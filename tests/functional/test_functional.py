@@ -929,7 +929,8 @@ def test_axes_in_any_order(monkeypatch, rng, compiled):
         return np.ascontiguousarray(array.transpose(order)).transpose(np.argsort(order))
 
     params = [other(a, order) for a, order in zip(in_c, orders, strict=True)]
-    assert not params[0].flags.c_contiguous and not params[0].flags.f_contiguous
+    assert not params[0].flags.c_contiguous
+    assert not params[0].flags.f_contiguous
     theirs, ours = Engine(in_c), Engine(params)
     for _ in range(2):
         theirs.step(grads)

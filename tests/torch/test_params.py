@@ -11,6 +11,8 @@ import pytest
 
 import fastadam
 from fastadam.state.torch_load import allow_arrays_in_torch_load
+
+pytest.importorskip("torch", exc_type=ImportError)
 from fastadam.torch import CPUParams
 
 QUICKSTART = Path(__file__).parents[2] / "docs" / "quickstart.md"

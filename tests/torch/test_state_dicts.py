@@ -12,6 +12,8 @@ from tools import picture
 
 import fastadam
 from fastadam import schedules
+
+pytest.importorskip("torch", exc_type=ImportError)
 from fastadam.torch import cpu_params, from_torch, state_dicts, to_torch
 
 SHAPES = [(), (0,), (7,), (5, 3), (2, 3, 2)]
