@@ -279,7 +279,7 @@ def _groups(values: tuple[Any, ...], groups: Sequence[int] | None, count: int) -
     if not any(map(is_listed, NAMES, values)):
         return None
     if groups is None:
-        return tuple(range(count))
+        return range(count)
     if len(groups) != count or not all(type(k) is int and k >= 0 for k in groups):
         raise ValueError(
             f"groups must be an int >= 0 for each of {count} params, got {groups!r:.60}"

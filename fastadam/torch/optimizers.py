@@ -25,7 +25,7 @@ class _Optimizer(torch.optim.Optimizer):
     _ema_decay: float | None = None
     # Whether one call of a kernel took all parameters as they are, in the last step.
     _all_usual = True
-    result: StepResult | None = None
+    _result: StepResult | None = None
 
     def _set_extras(
         self, max_grad_norm: float | None, nonfinite: Nonfinite, ema_decay: float | None
@@ -36,6 +36,11 @@ class _Optimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: getattr(self, name) for name in _EXTRAS}}
+
+    @property
+    def result(self) -> StepResult | None:
+        """What the last step did, with `max_grad_norm` or `nonfinite`; None in a copy."""
+        return self._result
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -145,7 +150,7 @@ class _Optimizer(torch.optim.Optimizer):
         groups, limits = self.param_groups, (self._max_grad_norm, self._nonfinite)
         if self._all_usual and len(several) == 1 and set(map(type, several[0].params)) <= USUAL:
             try:
-                self.result = self._call(several[0], grad_scale, *limits)
+                self._result = self._call(several[0], grad_scale, *limits)
                 return
             except (RuntimeError, TypeError, ValueError):
                 pass  # if there are no parts to make, the same is raised again
@@ -167,7 +172,7 @@ class _Optimizer(torch.optim.Optimizer):
                     else:
                         last = self._call(part.lists, grad_scale, *limits)
                         result = result or last
-            self.result = result
+            self._result = result
 
     def _call(
         self,
@@ -207,7 +212,60 @@ def _torchs_step(optimizer: Any, closure: Callable[[], Any] | None) -> Any:
 
 
 class Adam(_Optimizer, torch.optim.Adam):
-    """`torch.optim.Adam` with fastadam's step."""
+    """`torch.optim.Adam` with fastadam's step: change the import, and nothing else.
+
+    A subclass of torch's class: arguments, defaults, ``param_groups``, ``state``,
+    hooks, messages and ``state_dict`` are torch's. Parameters and state are
+    updated in place; nothing is kept outside ``state``.
+
+    Parameters
+    ----------
+    params : iterable of Tensor, of (str, Tensor), or of dict
+        On the CPU, or on CUDA devices with fastadam's extra ``cuda12`` or
+        ``cuda13``; float32 and float64 of any shape and memory order,
+        distributed and complex tensors. Others, such as bfloat16, are left to
+        torch's own kernels.
+    lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay
+        As in `torch.optim.Adam`; ``lr`` and ``betas`` may be tensors.
+    foreach, fused : bool, optional
+        Taken for code that gives them. There is one way of computing, faster than
+        either, but with ``fused=True`` a `torch.amp.GradScaler` leaves its scale
+        to this step, as with torch's.
+    capturable : bool
+        If True, torch's own kernels are used, which a CUDA graph can hold.
+    differentiable : bool
+        If True, torch's own step is taken, through which gradients can flow.
+    max_grad_norm : float, optional
+        Scale the gradients down where their global norm, over all groups,
+        exceeds this, > 0, as `torch.nn.utils.clip_grad_norm_` does before a
+        step; the gradients stay as they are. Distributed tensors count as a
+        whole. With ``math.inf`` the norm is only measured.
+    nonfinite : {"propagate", "skip", "raise"}
+        What to do if a gradient holds NaN or infinity, decided before anything
+        is written: compute with it, leave out the whole step, or raise
+        `FloatingPointError`.
+    ema_decay : float, optional
+        Keep an exponential moving average of each parameter in
+        ``state[param]["ema"]``, to which each step adds
+        ``(1-ema_decay) * (param-average)``; in [0, 1). It begins as a copy of
+        the parameter before its first step.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As torch's class, and for the last three out of range.
+
+    Examples
+    --------
+    >>> import torch                                      # doctest: +SKIP
+    >>> from fastadam.torch import Adam
+    >>> model = torch.nn.Linear(3, 1)                     # doctest: +SKIP
+    >>> opt = Adam(model.parameters(), lr=1e-3, max_grad_norm=1.0)  # doctest: +SKIP
+    >>> model(torch.ones(3)).sum().backward()             # doctest: +SKIP
+    >>> opt.step()                                        # doctest: +SKIP
+    >>> opt.result.skipped                                # doctest: +SKIP
+    False
+    """
 
     def __init__(
         self,
@@ -246,7 +304,31 @@ class Adam(_Optimizer, torch.optim.Adam):
 
 
 class AdamW(_Optimizer, torch.optim.AdamW):
-    """`torch.optim.AdamW` with fastadam's step."""
+    """`torch.optim.AdamW` with fastadam's step: change the import, and nothing else.
+
+    Parameters
+    ----------
+    params, lr, betas, eps, amsgrad, maximize
+        As in `Adam`.
+    weight_decay : float
+        Each step multiplies the parameters by ``1 - lr*weight_decay``.
+    foreach, fused, capturable, differentiable
+        As in `Adam`.
+    max_grad_norm, nonfinite, ema_decay
+        As in `Adam`.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As `Adam`.
+
+    Examples
+    --------
+    >>> import torch                                      # doctest: +SKIP
+    >>> from fastadam.torch import AdamW
+    >>> model = torch.nn.Linear(3, 1)                     # doctest: +SKIP
+    >>> opt = AdamW(model.parameters(), weight_decay=0.1) # doctest: +SKIP
+    """
 
     def __init__(
         self,

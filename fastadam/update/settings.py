@@ -1,5 +1,6 @@
 """Hyperparameters that come with every call: read again only where a value is another."""
 
+import sys
 from collections.abc import Sequence
 from itertools import repeat
 from operator import is_
@@ -11,8 +12,8 @@ from ..params import hyperparameters
 from .layout import GRAD_FACTOR, GROUP_COLUMNS, LR, ONE_MINUS_EMA_DECAY
 from .scalars import fill, invert, largest_lr, limits, sign_of
 
-# For each parameter the place of its row; None if there is one row for all.
-Groups: TypeAlias = tuple[int, ...] | None
+# For each parameter the place of its row; a range if each has its own, None if there is one for all.
+Groups: TypeAlias = tuple[int, ...] | range | None
 
 # In this order, and then the gradients' scale.
 NAMES = (*hyperparameters.NAMES, "ema_decay")
@@ -56,7 +57,7 @@ class Settings:
                 self._dtypes[group].add(dtype)
         self.rows = np.zeros((len(self._dtypes), GROUP_COLUMNS), dtype=np.float64)
         # As messages call what has a row.
-        self._whose = "param" if groups == tuple(range(len(dtypes))) else "group"
+        self._whose = "param" if isinstance(groups, range) else "group"
         self._largest = [min(limits("max", each), default=np.inf) for each in self._dtypes]
         self.largest = min(self._largest, default=np.inf)
         self._tiny = max(limits("tiny", set(dtypes)), default=0.0)
@@ -110,14 +111,16 @@ class Settings:
         if self.groups is None or not is_listed(name, value):
             return repeat(check(value, name))
         values = value.tolist() if isinstance(value, np.ndarray) else value
-        if not isinstance(values, list | tuple) or len(values) != len(self.rows):
+        # A group without parameters may have values.
+        most = len(self.rows) if self._whose == "param" else sys.maxsize
+        if not isinstance(values, list | tuple) or not len(self.rows) <= len(values) <= most:
             got = value.shape if isinstance(value, np.ndarray) else len(value)
             raise ValueError(
                 f"{name} must be one value, or one for each of {len(self.rows)}"
                 f" {self._whose}s, got {got}"
             )
         try:
-            return iter([check(each, name) for each in values])
+            return iter([check(each, name) for each in values[: len(self.rows)]])
         except (TypeError, ValueError):
             return iter([check(each, f"{name}[{k}]") for k, each in enumerate(values)])
 

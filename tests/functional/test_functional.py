@@ -910,8 +910,9 @@ def test_bad_groups(groups):
 
 def test_a_value_for_each_group():
     kept, grads = engine(2)
-    with pytest.raises(ValueError, match=r"lr must be one value, or one for each of 1 groups"):
-        kept.step(grads, lr=[0.1, 0.2], groups=[0, 0])
+    with pytest.raises(ValueError, match=r"lr must be one value, or one for each of 2 groups"):
+        kept.step(grads, lr=[0.1], groups=[0, 1])
+    kept.step(grads, lr=[0.1, 0.2, -1.0], groups=[0, 1])  # the third has no parameter
 
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "python"])
