@@ -14,22 +14,28 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
 def test_there_are_examples():
-    assert len(BLOCKS) == 2
+    assert len(BLOCKS) == 3
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_example_runs_when_pasted(number):
+def test_example_runs_when_pasted(number, optional):
+    if "import torch" in BLOCKS[number]:
+        optional("torch")
     names = {"__name__": "__main__"}
     exec(compile(BLOCKS[number], f"README.md, example {number}", "exec"), names)
     if "params" in names:
         assert all(abs(array).max() < 0.05 for array in names["params"].values())
+    elif "loss" in names:
+        assert names["loss"].item() < 0.05
     else:
         assert max(abs(names["x"].data), abs(names["y"].data)) < 0.05
 
 
-@pytest.mark.parametrize("number", range(2))
-def test_examples_as_scripts(number):
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_examples_as_scripts(number, optional):
     """Nothing comes up as Python exits."""
+    if "import torch" in BLOCKS[number]:
+        optional("torch")
     code = f"def own(): pass\n{BLOCKS[number]}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
