@@ -148,7 +148,12 @@ class _Optimizer(torch.optim.Optimizer):
 
     def _take(self, several: Sequence[Lists], grad_scale: float) -> None:
         groups, limits = self.param_groups, (self._max_grad_norm, self._nonfinite)
-        if self._all_usual and len(several) == 1 and set(map(type, several[0].params)) <= USUAL:
+        if (
+            self._all_usual
+            and len(several) == 1
+            and set(map(type, several[0].params)) <= USUAL
+            and not any(group["capturable"] for group in groups)
+        ):
             try:
                 self._result = self._call(several[0], grad_scale, *limits)
                 return

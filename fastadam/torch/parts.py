@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch.optim.adam import adam as torchs_adam
+from torch.optim.optimizer import _get_capturable_supported_devices
 
 from ..params.types import Nonfinite
 from ..update.limits import clip_coefficient
@@ -73,6 +74,7 @@ def split(lists: Lists, groups: Sequence[Group], states: Sequence[State]) -> lis
         if param.is_complex():
             row = [None if t is None else torch.view_as_real(t) for t in row]
         group, step = groups[lists.groups[i]], lists.steps[i]
+        _check_capturable(group, param)
         by_torch = group["capturable"] or not _has_kernel(row)
         if not by_torch:
             if grad is not None and not _same_layout(row[1], row[0]):
@@ -91,6 +93,15 @@ def split(lists: Lists, groups: Sequence[Group], states: Sequence[State]) -> lis
         if grad is not None:
             part.grads.append(grad if hasattr(grad, "to_local") else row[1])
     return list(parts.values())
+
+
+def _check_capturable(group: Group, param: Tensor) -> None:
+    """Refuse what torch refuses in the midst of a step: before anything is changed."""
+    devices = _get_capturable_supported_devices()
+    if group["capturable"] and not group["fused"] and param.device.type not in devices:
+        raise AssertionError(
+            f"If capturable=True, params and state_steps must be on supported devices: {devices}."
+        )
 
 
 def _in_order(own: State, name: str, param: Tensor) -> Tensor:

@@ -1,0 +1,231 @@
+"""Parameters that no kernel of ours takes as they are, or not all in one call."""
+
+import copy
+import math
+
+import pytest
+
+torch = pytest.importorskip("torch", exc_type=ImportError)
+from fastadam.torch import Adam, AdamW, parts
+
+MAKE = {
+    "bfloat16": lambda: torch.randn(4, 3, dtype=torch.bfloat16),
+    "float16": lambda: torch.randn(4, 3, dtype=torch.float16),
+    "gaps": lambda: torch.randn(4, 3, 2)[..., 0],
+    "complex": lambda: torch.randn(4, 3, dtype=torch.complex64),
+    "channels_last": lambda: torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    "float64": lambda: torch.randn(4, 3, dtype=torch.float64),
+    "no elements": lambda: torch.randn(0, 3),
+    "one number": lambda: torch.randn(()),
+}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def make(names):
+    return [torch.nn.Parameter(MAKE[name]()) for name in names]
+
+
+def give_grads(params, step):
+    generator = torch.Generator().manual_seed(step)
+    for param in params:
+        grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+        param.grad = torch.empty_like(param).copy_(grad)
+
+
+def run(cls, params, steps=4, clip=None, **options):
+    opt = cls(params, **options)
+    for step in range(steps):
+        give_grads(params, step)
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(params, clip)
+        opt.step()
+    return opt
+
+
+def close(ours, theirs, times=1.0):
+    for a, b in zip(ours, theirs, strict=True):
+        eps = {torch.float64: 1e-13, torch.complex64: 1e-6, torch.float32: 1e-6}.get(a.dtype, 1e-2)
+        torch.testing.assert_close(a, b, rtol=times * eps, atol=times * eps)
+
+
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True, "weight_decay": 0.1}], ids=str)
+@pytest.mark.parametrize("name", MAKE)
+def test_each_kind_is_updated_as_by_torch(name, options):
+    ours = make([name])
+    theirs = copy.deepcopy(ours)
+    mine, other = run(Adam, ours, **options), run(torch.optim.Adam, theirs, **options)
+    close(ours, theirs)
+    for own, state in zip(mine.state.values(), other.state.values(), strict=True):
+        assert own.keys() == state.keys()
+        assert own["step"] == state["step"]
+        for key in own:
+            assert own[key].dtype == state[key].dtype
+            assert own[key].stride() == state[key].stride()
+
+
+def test_all_kinds_in_one_optimizer():
+    """With groups that differ in AMSGrad and rates, and all that fastadam adds.
+
+    But for float16, in which clipped gradients have squares of 0: the updates are infinite.
+    """
+    ours = make(name for name in MAKE if name != "float16")
+    theirs = copy.deepcopy(ours)
+
+    def groups(params):
+        return [
+            {"params": params[:2], "lr": 1e-2},
+            {"params": params[2:4], "amsgrad": True},
+            {"params": params[4:], "weight_decay": 0.5},
+        ]
+
+    opt = AdamW(groups(ours), max_grad_norm=0.5, ema_decay=0.5)
+    other = torch.optim.AdamW(groups(theirs))
+    for step in range(3):
+        give_grads(ours, step)
+        give_grads(theirs, step)
+        before = [param.grad.clone() for param in ours]
+        norm = torch.nn.utils.clip_grad_norm_(theirs, 0.5)
+        opt.step()
+        other.step()
+        assert opt.result.grad_norm == pytest.approx(float(norm), rel=1e-3)
+        assert not opt.result.skipped
+        for param, grad in zip(ours, before, strict=True):
+            assert torch.equal(param.grad, grad)
+    close(ours, theirs, times=3)
+    assert [len(own) for own in opt.state.values()] == [4, 4, 5, 5, 4, 4, 4]
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "gaps", "complex", "float64"])
+def test_averages(name):
+    params = make([name])
+    opt = AdamW(params, ema_decay=0.75)
+    expected = params[0].detach().clone()
+    for step in range(3):
+        give_grads(params, step)
+        opt.step()
+        expected.lerp_(params[0].detach(), 0.25)
+    close(opt.ema_params, [expected])
+
+
+@pytest.mark.parametrize("names", [["bfloat16", "float64"], ["float64"], ["gaps"]], ids="+".join)
+def test_what_is_not_finite(names):
+    params = make(names)
+    opt = AdamW(params, nonfinite="skip")
+    give_grads(params, 0)
+    opt.step()
+    give_grads(params, 1)
+    params[-1].grad[0, 0] = math.nan
+    before = copy.deepcopy((params, opt.state_dict()))
+    opt.step()
+    assert opt.result.skipped
+    opt.nonfinite = "raise"
+    with pytest.raises(FloatingPointError):
+        opt.step()
+    after = params, opt.state_dict()
+    for a, b in zip(before[0], after[0], strict=True):
+        assert torch.equal(a, b)
+    for k, own in before[1]["state"].items():
+        for key, value in own.items():
+            assert torch.equal(value, after[1]["state"][k][key])
+    opt.nonfinite = "propagate"
+    opt.step()
+    assert params[-1].isnan().any()
+
+
+def test_state_in_another_order_is_brought_into_the_parameters():
+    """As after a load, or after the model was moved to channels_last."""
+    (param,) = make(["channels_last"])
+    contiguous = torch.nn.Parameter(param.detach().contiguous())
+    opt, other = run(AdamW, [param]), run(torch.optim.AdamW, [contiguous])
+    opt.load_state_dict(copy.deepcopy(other.state_dict()))
+    assert opt.state[param]["exp_avg"].stride() != param.stride()
+    with torch.no_grad():
+        param.copy_(contiguous)
+    for own in ([param], [contiguous]):
+        give_grads(own, 9)
+    opt.step()
+    other.step()
+    close([param], [contiguous])
+    assert opt.state[param]["exp_avg"].stride() == param.stride()
+    assert opt._all_usual is True
+
+
+def test_a_gradient_in_another_order_is_read_through_a_copy():
+    (param,) = make(["channels_last"])
+    twin = copy.deepcopy(param)
+    opt, other = AdamW([param]), AdamW([twin])
+    for _ in range(3):
+        grad = torch.randn(param.shape)
+        param.grad, twin.grad = grad, torch.empty_like(twin).copy_(grad)
+        opt.step()
+        other.step()
+        assert param.grad is grad
+    assert torch.equal(param, twin)
+
+
+def test_axes_on_a_device_are_brought_into_c_order():
+    """Its kernels take no other. The device meta stands for one."""
+    tensor = torch.empty(2, 3, 4, 5, device="meta").to(memory_format=torch.channels_last)
+    row = parts._in_c_order([tensor, None, tensor])
+    assert row[1] is None
+    for each in (row[0], row[2]):
+        assert each.is_contiguous()
+        assert sorted(each.shape) == [2, 3, 4, 5]
+    plain = [tensor.contiguous(), None]
+    assert parts._in_c_order(plain) is plain
+
+
+def test_one_call_again_once_nothing_is_unusual():
+    params = make(["float64", "channels_last"])
+    opt = run(AdamW, params)
+    assert opt._all_usual
+    odd = torch.nn.Parameter(MAKE["bfloat16"]())
+    opt.add_param_group({"params": [odd]})
+    give_grads([*params, odd], 5)
+    opt.step()
+    assert not opt._all_usual
+    opt.param_groups.pop()
+    del opt.state[odd]
+    opt.step()
+    assert opt._all_usual
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_capturable_follows_torchs_rules(fused):
+    """On the CPU torch refuses it in the step, but not of its fused optimizers."""
+    params = make(["float64", "one number"])
+    groups = [{"params": params[:1]}, {"params": params[1:], "capturable": True}]
+    before = copy.deepcopy(params)
+    opt = AdamW(groups, fused=fused)
+    give_grads(params, 0)
+    if fused:
+        opt.step()
+        assert len(opt.state) == 2
+    else:
+        with pytest.raises(AssertionError, match="If capturable=True, params and state_steps"):
+            opt.step()
+        assert not opt.state
+        for a, b in zip(params, before, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_differentiable_is_torchs_own_step():
+    results = []
+    for cls in (Adam, torch.optim.Adam):
+        start = torch.ones(3, dtype=torch.float64, requires_grad=True)
+        param = start.clone()
+        param.grad = 2 * param
+        param.grad.retain_grad()
+        opt = cls([param], lr=0.1, differentiable=True)
+        hooks = []
+        opt.register_step_pre_hook(lambda *_: hooks.append(1))  # noqa: B023
+        opt.step()
+        param.sum().backward()
+        results.append((param.detach(), start.grad))
+        assert hooks == [1]
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
