@@ -12,7 +12,7 @@ from ..params import hyperparameters
 from .layout import GRAD_FACTOR, GROUP_COLUMNS, LR, ONE_MINUS_EMA_DECAY
 from .scalars import fill, invert, largest_lr, limits, sign_of
 
-# For each parameter the place of its row; a range if each has its own, None if there is one for all.
+# For each parameter the place of its row: a range if each has its own, None if all have one.
 Groups: TypeAlias = tuple[int, ...] | range | None
 
 # In this order, and then the gradients' scale.

@@ -5,7 +5,9 @@ import math
 
 import pytest
 
-torch = pytest.importorskip("torch", exc_type=ImportError)
+pytest.importorskip("torch", exc_type=ImportError)
+import torch
+
 from fastadam.torch import Adam, AdamW, parts
 
 MAKE = {
