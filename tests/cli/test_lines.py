@@ -281,7 +281,7 @@ def test_busy_is_shown(printed, monkeypatch):
 
 def test_info_of_one_thread_without_tbb(printed, monkeypatch):
     facts = info.gather()
-    facts["threads"] |= {"count": 1, "seen": 1}
+    facts["threads"] |= {"count": 1, "used": 1, "seen": 1}
     facts["threads"]["layers"]["tbb"]["available"] = False
     facts["versions"]["optional"].pop("tbb", None)
     monkeypatch.setattr(info, "gather", lambda: facts)
