@@ -77,6 +77,11 @@ class Adam(Saveable):
         Keep an exponential moving average of the parameters in `ema_params`,
         to which each step adds ``(1-ema_decay) * (param-average)``; in [0, 1).
         It begins as a copy of the parameters as given.
+    num_threads : int, optional
+        At most so many threads take a step, >= 1; no more than Numba has, one
+        for each CPU or ``NUMBA_NUM_THREADS``. By default this process's share
+        of them, where a launcher such as torchrun has started several
+        processes on this machine. No bit depends on it.
 
     Raises
     ------
@@ -123,6 +128,7 @@ class Adam(Saveable):
     # The gradients of our own, made when first asked for: as the user has them, and in a row.
     _grads: Any
     _own_grads: tuple[Any, ...]
+    _num_threads: int | None = None
 
     if not TYPE_CHECKING:  # mypy would take it that every name can be set
 
@@ -149,6 +155,7 @@ class Adam(Saveable):
         max_grad_norm: float | None = None,
         nonfinite: Nonfinite = "propagate",
         ema_decay: float | None = None,
+        num_threads: int | None = None,
     ) -> None:
         defaults = hyperparameters.check_options(
             {
@@ -165,6 +172,7 @@ class Adam(Saveable):
         self._max_grad_norm = hyperparameters.check_max_grad_norm(max_grad_norm)
         self._nonfinite = hyperparameters.check_nonfinite(nonfinite)
         ema_decay = hyperparameters.check_ema_decay(ema_decay)
+        self._num_threads = hyperparameters.check_num_threads(num_threads)
         groups = Groups(params, defaults, amsgrad=amsgrad, ema_decay=ema_decay)
         groups.take(backends.of(groups.arrays), new_states)
         self._install(groups, np.zeros(len(groups.states), dtype=np.int64), 0)
@@ -182,6 +190,8 @@ class Adam(Saveable):
         backend = backends.of(groups.arrays)
         scalars = Scalars(groups)
         stepper = backend.make_stepper(groups.states, groups.labels, steps, step_count, scalars)
+        if self._num_threads is not None:
+            stepper.set_num_threads(self._num_threads)
         new = {
             "_groups": groups,
             "_stepper": stepper,
@@ -439,6 +449,35 @@ class Adam(Saveable):
         return self._groups.ema_decay
 
     @property
+    def num_threads(self) -> int | None:
+        """At most so many threads take a step; can be set, and None means the default.
+
+        From the next step on. What is set above the number that Numba has is that
+        number. `numba.set_num_threads` may allow fewer. None for parameters on a
+        CUDA device, where it has no meaning.
+
+        Raises
+        ------
+        RuntimeError
+            If it is set while a step is under way.
+
+        Examples
+        --------
+        >>> import numpy as np, fastadam
+        >>> opt = fastadam.Adam(np.zeros(3), num_threads=1)
+        >>> opt.num_threads
+        1
+        """
+        return self._stepper.num_threads
+
+    @num_threads.setter
+    def num_threads(self, num_threads: int | None) -> None:
+        asked = hyperparameters.check_num_threads(num_threads)
+        with lock_if_free(self._lock), signals_deferred():
+            self._stepper.set_num_threads(asked)
+            self._num_threads = asked
+
+    @property
     def lr(self) -> float:
         """The first group's learning rate, before the schedule; setting it sets every group's.
 
@@ -498,7 +537,9 @@ class AdamW(Adam):
 
     Parameters
     ----------
-    params, lr, betas, eps, amsgrad, maximize, schedule, max_grad_norm, nonfinite, ema_decay
+    params, lr, betas, eps, amsgrad, maximize, schedule, max_grad_norm, nonfinite
+        As in `Adam`.
+    ema_decay, num_threads
         As in `Adam`.
     weight_decay : float
         Each step multiplies the parameters by ``1 - lr*weight_decay``.
@@ -541,6 +582,7 @@ class AdamW(Adam):
         max_grad_norm: float | None = None,
         nonfinite: Nonfinite = "propagate",
         ema_decay: float | None = None,
+        num_threads: int | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -555,4 +597,5 @@ class AdamW(Adam):
             max_grad_norm=max_grad_norm,
             nonfinite=nonfinite,
             ema_decay=ema_decay,
+            num_threads=num_threads,
         )

@@ -25,6 +25,10 @@ class Stepper(Protocol):
     """Steps that each parameter has had, in the order of the parameters."""
 
     @property
+    def num_threads(self) -> int | None:
+        """At most so many threads take a step; None on a device."""
+
+    @property
     def step_count(self) -> Any:
         """Steps of the optimizer: an array of one, or what gives one number by ``[0]``."""
 
@@ -43,6 +47,9 @@ class Stepper(Protocol):
         nonfinite: str,
     ) -> StepResult:
         """Take a step for which the norm of the gradients is needed."""
+
+    def set_num_threads(self, asked: int | None) -> None:
+        """Let steps take so many threads, None for the default; do nothing on a device."""
 
     def choose_kernels(self) -> None:
         """Have other kernels looked for, in a forked child."""
@@ -63,6 +70,9 @@ class ListStepper(Protocol):
     They are given as a tuple: for parameters, gradients and each of `state.roles.ROLES` a
     tuple of arrays, or None; then the array of step counts.
     """
+
+    def set_num_threads(self, asked: int | None) -> None:
+        """Let steps take so many threads, None for the default; do nothing on a device."""
 
     def fit(self, given: tuple[Any, ...], writable: bool) -> bool:
         """Note where gradients and counts lie, if all else is as it was; say whether."""

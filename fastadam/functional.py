@@ -59,6 +59,7 @@ def adam(
     max_grad_norm: float | None = None,
     nonfinite: Nonfinite = "propagate",
     zero_grad: bool = False,
+    num_threads: int | None = None,
 ) -> StepResult | None:
     """Take one step of Adam over lists of arrays, all updated in place.
 
@@ -106,6 +107,8 @@ def adam(
         As in `Adam.step`.
     max_grad_norm, nonfinite
         As in `Adam`; the norm is that of all gradients of the call.
+    num_threads
+        As in `Adam`; it may be another in each call.
 
     Returns
     -------
@@ -174,6 +177,8 @@ def adam(
     if limited:
         max_grad_norm = hyperparameters.check_max_grad_norm(max_grad_norm)
         nonfinite = hyperparameters.check_nonfinite(nonfinite)
+    if num_threads is not None:
+        num_threads = hyperparameters.check_num_threads(num_threads)
     values = (  # in the order of `settings.NAMES`
         lr,
         betas,
@@ -221,6 +226,8 @@ def adam(
                 given = backend.take_lists(given)
                 tables = _Tables(backend, given, zero_grad, rows)
             tables.settings.set(values)
+        if num_threads is not tables.num_threads:
+            tables.set_num_threads(num_threads)
         if limited:
             return tables.stepper.limited_step(given, zero_grad, max_grad_norm, nonfinite)
         tables.stepper.step(given, zero_grad)
@@ -236,19 +243,27 @@ class _Tables:
     ----------
     stepper : ListStepper
     settings : Settings
+    num_threads : int or None
+        What was asked for.
     weight : int
         What it counts towards `_MOST`.
     """
 
-    __slots__ = ("settings", "stepper", "weight")
+    __slots__ = ("num_threads", "settings", "stepper", "weight")
 
     def __init__(
         self, backend: backends.Backend, given: _Given, zero_grad: bool, groups: Groups
     ) -> None:
         self.stepper, self.settings = backend.make_list_stepper(given, zero_grad, groups)
+        self.num_threads: int | None = None
         self.weight = len(given[0]) + 20
         if not self.stepper.fit(given, zero_grad):
             raise RuntimeError("arrays must not change while a step looks at them")
+
+    def set_num_threads(self, asked: int | None) -> None:
+        """Let the steps to come take so many threads."""
+        self.stepper.set_num_threads(asked)
+        self.num_threads = asked
 
 
 # By a number made of where parameters lie: an entry is not trusted before it has been compared

@@ -20,16 +20,24 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from fastadam.cpus import (
+    ROOT,
+    affinity,
+    control_groups,
+    cpu_quota,
+    cpus_allowed,
+    default_threads,
+    text_of,
+)
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
 __all__ = [
     "BUSY",
     "OtherProcesses",
     "busy_cpus",
     "compile_cache",
-    "cpu_quota",
-    "cpus_allowed",
     "cuda_backend",
     "cuda_devices",
     "describe_gpu",
@@ -57,19 +65,10 @@ LAYERS = {
 }
 # CPUs kept busy by others that count: less may be the system's own housekeeping.
 BUSY = 0.15
-ROOT = Path("/")  # where proc and sys are mounted
 # Where Linux counts what its CPUs have done, and tells which NVIDIA driver is loaded.
 CPU_TIMES, NVIDIA_VERSION = Path("/proc/stat"), Path("/sys/module/nvidia/version")
 # Numbers of cuDeviceGetAttribute: major and minor compute capability, multiprocessors.
 CUDA_ATTRIBUTES = (75, 76, 16)
-
-
-def _text(path: Path) -> str:
-    """Return what is in a file of the system, nothing if it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 def format_bytes(number: float) -> str:
@@ -114,35 +113,17 @@ def versions() -> dict[str, Any]:
 # Memory and CPUs
 
 
-def _control_groups(controller: str, root: Path) -> Iterator[Path]:
-    """Yield the folders of this process's control groups: each of them can set a limit.
-
-    A container may show only its own, at the top.
-    """
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        # Version 2 names no controllers.
-        if controllers and controller not in controllers.split(","):
-            continue
-        top = root / "sys/fs/cgroup" / controllers
-        folder = top / path.strip("/")
-        for group in (folder, *folder.parents):
-            yield group
-            if group == top:
-                break
-
-
 def memory_available(root: Path = ROOT) -> int | None:
     """Return the bytes that can be allocated without swapping, None if nothing tells.
 
     What the system has available, or less if a container's limit leaves less.
     """
-    left = [_system_memory(root), *(_group_memory(g) for g in _control_groups("memory", root))]
+    left = [_system_memory(root), *(_group_memory(g) for g in control_groups("memory", root))]
     return min((number for number in left if number is not None), default=None)
 
 
 def _system_memory(root: Path) -> int | None:
-    found = re.search(r"^MemAvailable:\s*(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE)
+    found = re.search(r"^MemAvailable:\s*(\d+) kB", text_of(root / "proc/meminfo"), re.MULTILINE)
     if found:
         return int(found[1]) * 1024
     try:  # not Linux: what is free, or, where that is not told, half of what there is
@@ -161,11 +142,11 @@ def _group_memory(group: Path) -> int | None:
         limit, usage = "memory.limit_in_bytes", "memory.usage_in_bytes"
         unused = "total_inactive_file"
     try:
-        left = int(_text(group / limit)) - int(_text(group / usage))
+        left = int(text_of(group / limit)) - int(text_of(group / usage))
     except ValueError:  # "max": no limit
         return None
     # Files that nobody has read for a while are given up before anything fails.
-    found = re.search(rf"^{unused} (\d+)$", _text(group / "memory.stat"), re.MULTILINE)
+    found = re.search(rf"^{unused} (\d+)$", text_of(group / "memory.stat"), re.MULTILINE)
     return max(0, left + (int(found[1]) if found else 0))
 
 
@@ -187,38 +168,9 @@ def _cpu_name() -> str:
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             name = subprocess.run(command, capture_output=True, text=True, timeout=5).stdout  # noqa: S603
     elif sys.platform == "linux":
-        found = re.search(r"^model name\s*:\s*(.*)$", _text(Path("/proc/cpuinfo")), re.MULTILINE)
+        found = re.search(r"^model name\s*:\s*(.*)$", text_of(Path("/proc/cpuinfo")), re.MULTILINE)
         name = found[1] if found else ""
     return name.strip() or platform.processor() or "unknown"
-
-
-def _affinity(task: int | str = 0) -> set[int]:
-    try:
-        return set(os.sched_getaffinity(int(task)))
-    except (AttributeError, OSError):  # only Linux has it; a thread may be gone
-        return set()
-
-
-def cpus_allowed() -> int:
-    """Return on how many CPUs this process may run."""
-    return len(_affinity()) or os.cpu_count() or 1
-
-
-def cpu_quota(root: Path = ROOT) -> float | None:
-    """Return how many CPUs' worth of time the control groups grant, None for no limit."""
-    quotas = map(_group_quota, _control_groups("cpu", root))
-    return min((quota for quota in quotas if quota), default=None)
-
-
-def _group_quota(group: Path) -> float | None:
-    # Version 2: "50000 100000", or "max 100000".
-    words = _text(group / "cpu.max").split()
-    words = words or [_text(group / f"cpu.cfs_{name}_us") for name in ("quota", "period")]
-    try:
-        quota, period = map(int, words)
-    except ValueError:
-        return None
-    return quota / period if quota > 0 else None
 
 
 class OtherProcesses:
@@ -257,7 +209,7 @@ class OtherProcesses:
         own = times.user + times.system + times.children_user + times.children_system
         try:
             # cpu user nice system idle iowait irq softirq steal
-            numbers = [int(word) for word in _text(CPU_TIMES).partition("\n")[0].split()[1:9]]
+            numbers = [int(word) for word in text_of(CPU_TIMES).partition("\n")[0].split()[1:9]]
             user, nice, system, _, _, irq, softirq, steal = numbers
         except ValueError:
             return time.monotonic(), None, own
@@ -373,7 +325,8 @@ def threads() -> dict[str, Any]:
             out[i] = numba.get_thread_id()
 
     count, layer, error = numba.config.NUMBA_NUM_THREADS, None, None
-    affinity, tasks, seen = _affinity(), _tasks(), set()
+    allowed, tasks, seen = affinity(), _tasks(), set()
+    used, rule = default_threads()
     try:
         # Not kept on disk: the digest of the kernels' sources does not cover this function.
         launch = numba.njit(parallel=True, **intrinsics.FLAGS)(who)
@@ -387,9 +340,11 @@ def threads() -> dict[str, Any]:
         layer, count = numba.threading_layer(), numba.get_num_threads()
     except (ValueError, ImportError, RuntimeError) as problem:
         error = " ".join(str(problem).split())
-    on_cpus = _affinity().union(*(_affinity(task) for task in _tasks() - tasks))
+    on_cpus = affinity().union(*(affinity(task) for task in _tasks() - tasks))
     return {
         "count": count,
+        "used": used,
+        "rule": rule,
         "layer": layer,
         "error": error,
         "layers": {
@@ -402,7 +357,7 @@ def threads() -> dict[str, Any]:
         },
         "seen": len(seen),
         "on_cpus": len(on_cpus) or None,
-        "main_bound": _affinity() < affinity,
+        "main_bound": affinity() < allowed,
         "parallel_from": parallel_from(),
     }
 
@@ -499,7 +454,7 @@ def _cuda_device(cuda: Any, device: ctypes.c_int) -> dict[str, Any]:
         "compute_capability": f"{major}.{minor}",
         "memory_bytes": memory.value,
         "multiprocessors": multiprocessors,
-        "driver": _text(NVIDIA_VERSION).strip() or None,
+        "driver": text_of(NVIDIA_VERSION).strip() or None,
         "driver_cuda": f"{version.value // 1000}.{version.value % 1000 // 10}",
     }
 

@@ -269,6 +269,7 @@ class ObjectAdam(Adapter):
     schedule = _Forwarded[Callable[[int], float] | None]()
     max_grad_norm = _Forwarded[float | None]()
     nonfinite = _Forwarded[Nonfinite]()
+    num_threads = _Forwarded[int | None]()
 
     @property
     def param_groups(self) -> tuple[dict[str, Any], ...]:
@@ -312,7 +313,10 @@ class ObjectAdam(Adapter):
         optimizer = self.optimizer
         return {
             "objects": self._objects,
-            "options": {name: getattr(optimizer, name) for name in _KEPT},
+            "options": {
+                **{name: getattr(optimizer, name) for name in _KEPT},
+                "num_threads": optimizer._num_threads,
+            },
             "state": optimizer._export_state(),
             "unchanged": unchanged,  # to be copied last
         }

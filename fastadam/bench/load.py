@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from fastadam.bench import peers
 from fastadam.bench.child import WORKER, Child, ChildError
 from fastadam.bench.session import Missing
-from fastadam.machine import OtherProcesses, cpus_allowed
+from fastadam.cpus import cpus_allowed
+from fastadam.machine import OtherProcesses
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from typing import TYPE_CHECKING, Any
 
 from fastadam import machine
 from fastadam.cli.common import columns, counted, in_rows, write
+from fastadam.cpus import local_processes
 
 if TYPE_CHECKING:
     import argparse
@@ -23,13 +23,6 @@ BUSY = 0.5
 # By these, libraries other than Numba count their threads; launchers set them to 1.
 NOT_NUMBA = "OMP_NUM_THREADS MKL_NUM_THREADS OPENBLAS_NUM_THREADS VECLIB_MAXIMUM_THREADS"
 BINDING = "OMP_PROC_BIND OMP_PLACES GOMP_CPU_AFFINITY KMP_AFFINITY"
-# Where launchers say how many processes they started on this machine: torchrun, Open MPI, MPICH
-# and Intel MPI, MVAPICH2, srun (as in "4" or "4(x2)").
-LOCAL_PROCESSES = (
-    "LOCAL_WORLD_SIZE OMPI_COMM_WORLD_LOCAL_SIZE MPI_LOCALNRANKS MV2_COMM_WORLD_LOCAL_SIZE"
-    " SLURM_STEP_TASKS_PER_NODE"
-)
-
 
 HELP = "show what fastadam uses on this machine"
 DESCRIPTION = (
@@ -78,8 +71,10 @@ def gather() -> dict[str, Any]:
             ``float32_per_instruction`` (int, None if not known before run
             time); ``fma`` (bool: there is an instruction).
         ``threads``
-            ``count`` (int); ``layer``, ``error`` (str or None: the layer, or
-            why there is none); ``layers`` (dict of layer to bools
+            ``count`` (int: Numba's); ``used``, ``rule`` (int, str: at most so
+            many take a step without ``num_threads``, and why); ``layer``,
+            ``error`` (str or None: the layer, or why there is none);
+            ``layers`` (dict of layer to bools
             ``available``, ``threads_after_fork``: whether a forked child's
             steps use several, and ``concurrent_functions``: whether parallel
             functions of your own can run in several Python threads; ``seen``
@@ -121,7 +116,8 @@ def _warnings(facts: Mapping[str, Any], environ: Mapping[str, str]) -> list[str]
     """Name what serialises a step, oversubscribes the CPUs, or makes processes compile."""
     own, threads, cache = facts["machine"], facts["threads"], facts["cache"]
     cpus, allowed, quota = (own[key] for key in ("cpus", "cpus_allowed", "cpu_quota"))
-    count, seen, on_cpus = (threads[key] for key in ("count", "seen", "on_cpus"))
+    count, used = threads["count"], threads["used"]
+    seen, on_cpus = threads["seen"], threads["on_cpus"]
     asked, limit = environ.get("NUMBA_NUM_THREADS"), environ.get("OMP_THREAD_LIMIT")
     binding = _settings(BINDING, environ) or "by default"
     found = []
@@ -142,18 +138,18 @@ def _warnings(facts: Mapping[str, Any], environ: Mapping[str, str]) -> list[str]
     elif count > allowed:
         by = "" if asked is None else f" (NUMBA_NUM_THREADS={asked})"
         found.append(f"{count} threads share {allowed} CPUs{by}: large steps are slowed down")
-    if quota is not None and quota < min(count, allowed):
+    if quota is not None and max(1, int(quota)) < min(used, allowed):
         found.append(
             f"the control group (a container's CPU limit) grants the time of {quota:g} CPUs to"
-            f" {count} threads: set NUMBA_NUM_THREADS={max(1, int(quota))}"
+            f" {used} threads: set NUMBA_NUM_THREADS={max(1, int(quota))}"
         )
     busy = own["busy_cpus"]
-    if busy is not None and count > 1 and busy >= BUSY and busy + count > cpus + BUSY:
-        free = max(1, min(count - 1, int(cpus - busy + BUSY)))
+    if busy is not None and used > 1 and busy >= BUSY and busy + used > cpus + BUSY:
+        free = max(1, min(used - 1, int(cpus - busy + BUSY)))
         fewer = "one thread" if free == 1 else f"{free} threads"
         found.append(
             f"the machine is busy: other processes keep about {busy:.1f} of {cpus} CPUs, and a"
-            f" step in {count} threads is held up where one of them must share its CPU. Steps time"
+            f" step in {used} threads is held up where one of them must share its CPU. Steps time"
             " themselves and take one thread where that is faster, so it costs little;"
             f" to always use {fewer}, set NUMBA_NUM_THREADS={free}"
         )
@@ -168,20 +164,18 @@ def _warnings(facts: Mapping[str, Any], environ: Mapping[str, str]) -> list[str]
             " torch, say), and in child processes, Numba counts fewer CPUs; NUMBA_NUM_THREADS"
             " sets how many"
         )
-    for name in LOCAL_PROCESSES.split():
-        number = re.match(r"\d+", environ.get(name, ""))
-        processes = int(number[0]) if number else 1
-        if processes > 1 and processes * count > cpus:
-            found.append(
-                f"{processes} processes ({name}={environ[name]}) of {count} threads share {cpus}"
-                f" CPUs: set NUMBA_NUM_THREADS={max(1, cpus // processes)}"
-            )
-            break
+    name, processes = local_processes(environ)
+    if asked is not None and processes > 1 and processes * used > cpus:
+        found.append(
+            f"{processes} processes ({name}={environ[name]}) of {used} threads share {cpus}"
+            f" CPUs: set NUMBA_NUM_THREADS={max(1, cpus // processes)}, or leave it unset"
+        )
     # Numba reads none of these: it takes one thread for every CPU that the affinity allows.
-    ignored = _settings(NOT_NUMBA, environ, unless=str(count))
+    ignored = _settings(NOT_NUMBA, environ, unless=str(used))
     if ignored:
         found.append(
-            f"{ignored}: does not reach Numba, which uses {count}; NUMBA_NUM_THREADS sets how many"
+            f"{ignored}: does not reach Numba, a step takes {used}; num_threads and"
+            " NUMBA_NUM_THREADS set how many"
         )
 
     if not cache["writable"]:
@@ -219,9 +213,10 @@ def _render(facts: Mapping[str, Any], columns: int | None) -> str:
         ("CPUs", f"{own['cpus']}, {own['cpus_allowed']} allowed"),
         ("", "" if quota is None else f"the time of {quota:g} granted"),
         ("", f"{kept_busy} kept busy by other processes" if kept_busy else ""),
-        ("threads", f"{threads['count']} (tested: {threads['seen']} worked)"),
+        ("threads", f"{threads['used']} (tested: {threads['seen']} worked)"),
+        ("", threads["rule"]),
     ]
-    if threads["count"] > 1:
+    if threads["used"] > 1:
         rows.append(("", f"from {threads['parallel_from']:,} elements on; smaller steps take one"))
     for name, layer in threads["layers"].items():
         state = "available" if layer["available"] else "not available"

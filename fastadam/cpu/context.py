@@ -23,10 +23,10 @@ class Context:
         The place of the one that is meant.
     step_count : int64 array, shape (1,)
         What a step adds 1 to.
-    threads : int
-        At most so many take part.
+    most_threads : int
+        So many there are.
     serial_below : int
-        With fewer elements, one does.
+        With fewer elements, one takes part.
 
     Attributes
     ----------
@@ -37,8 +37,10 @@ class Context:
         What `thread_choice` knows of updates, and of sums.
     sums : float64 array, shape (chunks,)
         The sum of squares, or the largest magnitude, of each chunk's gradients.
+    large : bool
+        Whether there are enough elements for several threads, and to release the GIL.
     parallel : bool
-        Whether there are enough elements for several threads.
+        Whether several threads may take part.
     """
 
     def __init__(
@@ -47,15 +49,16 @@ class Context:
         rows: Rows,
         own_dtype: int,
         step_count: npt.NDArray[np.int64],
-        threads: int,
+        most_threads: int,
         serial_below: int,
     ) -> None:
         self.dtype = rows.dtypes[own_dtype]
         self.chunks = rows.chunks(own_dtype)
-        self.parallel = int(self.chunks[:, layout.CHUNK_SIZE].sum()) >= serial_below
+        self.large = int(self.chunks[:, layout.CHUNK_SIZE].sum()) >= serial_below
+        self.parallel = False
         self.sums = np.zeros(len(self.chunks))
         self._scalars = np.zeros((len(rows.table), layout.SCALARS), self.dtype)
-        self._cursors = np.zeros(threads * field.CURSOR_BYTES // 8, dtype=np.int64)
+        self._cursors = np.zeros(most_threads * field.CURSOR_BYTES // 8, dtype=np.int64)
         self._step_count = step_count
         self.choices = [thread_choice.new_state() for _ in range(2)]
         self.fields = np.zeros(field.CONTEXT_SIZE, dtype=np.int64)
@@ -67,7 +70,7 @@ class Context:
             field.OWN_DTYPE: own_dtype,
             field.STEP_COUNT: address(step_count),
             field.CURSORS: address(self._cursors),
-            field.THREADS: threads,
+            field.THREADS: 1,
             field.UPDATE_CHOICE: address(self.choices[0]),
             field.SUM_CHOICE: address(self.choices[1]),
             field.BALANCE: address(thread_choice.balance),
@@ -76,3 +79,8 @@ class Context:
         for place, value in {**shared, **own}.items():
             self.fields[place] = value
         self.address = address(self.fields)
+
+    def set_threads(self, threads: int, *, parallel: bool) -> None:
+        """Have at most so many threads take part, if this process may use several at all."""
+        self.fields[field.THREADS] = threads
+        self.parallel = parallel and threads > 1 and self.large

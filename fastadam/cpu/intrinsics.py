@@ -41,14 +41,15 @@ def kernel(
     signature: tuple[Any, ...],
     *,
     parallel: bool = False,
+    nogil: bool = False,
     **constants: Any,
 ) -> Any:
     """Compile an entry point, or load its machine code from the compile cache.
 
     ``signature`` has the types of its arguments, and ``constants`` take the place of the
-    function's globals of those names. Only a parallel kernel releases the GIL: a serial one
-    is over in microseconds, and to ask for the GIL again, where other threads want it, can
-    take thousands.
+    function's globals of those names. A serial kernel releases the GIL only if it is to
+    (``nogil``): over few elements it is over in microseconds, and to ask for the GIL again,
+    where other threads want it, can take thousands.
     """
     if config.DISABLE_JIT:
         return _refuse
@@ -57,10 +58,12 @@ def kernel(
             with kernel_lock:  # launches them, without which `thread_count` has nothing to call
                 get_num_threads()
         bound = bind(function, **constants)
-        dispatcher = njit(parallel=parallel, nogil=parallel, **FLAGS)(bound)
+        nogil |= parallel
+        dispatcher = njit(parallel=parallel, nogil=nogil, **FLAGS)(bound)
         folder = cache_folder(bound)
         if folder is not None:  # else each process compiles
-            dispatcher._cache = KernelCache(bound, variant=f"parallel={parallel} {constants}")
+            variant = f"parallel={parallel} nogil={nogil} {constants}"
+            dispatcher._cache = KernelCache(bound, variant=variant)
         compile_anew = dispatcher._compiler.compile
 
         def compile_with_notice(*arguments: Any) -> Any:

@@ -358,13 +358,22 @@ def cache_folder() -> str | None:
 
 @functools.cache
 def update_kernel(
-    dtype: np.dtype[Any], *, parallel: bool, roles: frozenset[str], zero_grad: bool
+    dtype: np.dtype[Any],
+    *,
+    parallel: bool,
+    roles: frozenset[str],
+    zero_grad: bool,
+    nogil: bool = False,
 ) -> Any:
-    """Return the kernel for these arrays of state, and without code for any other."""
+    """Return the kernel for these arrays of state, and without code for any other.
+
+    One that releases the GIL must be given no gradients to look at: those are Python's objects.
+    """
     return intrinsics.kernel(
         update_parallel if parallel else update_serial,
         (types.int64, types.int64, types.float64),
         parallel=parallel,
+        nogil=nogil,
         FLOAT=dtype.type,
         TINY=float(np.finfo(dtype).tiny),
         AMSGRAD="max_exp_avg_sq" in roles or None,
@@ -374,12 +383,15 @@ def update_kernel(
 
 
 @functools.cache
-def sum_kernel(dtype: np.dtype[Any], *, parallel: bool, largest: bool = False) -> Any:
+def sum_kernel(
+    dtype: np.dtype[Any], *, parallel: bool, largest: bool = False, nogil: bool = False
+) -> Any:
     """Return the kernel that sums the squares of such gradients, or finds the largest."""
     return intrinsics.kernel(
         measure_parallel if parallel else measure_serial,
         (types.int64, types.float64),
         parallel=parallel,
+        nogil=nogil,
         FLOAT=dtype.type,
         LARGEST=largest or None,
     )

@@ -2,7 +2,6 @@
 
 import ctypes
 import math
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
@@ -11,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import config
 
+from ..cpus import thread_count
 from ..params.arrays import address
 from ..runtime import kernel_lock, parallel_works
 from ..update import layout
@@ -62,6 +62,8 @@ class Stepper:
         Counted in the kernel, where the parameters' own steps are: no signal comes between.
     contexts : list of Context
         One for each dtype.
+    num_threads : int
+        At most so many threads take a step.
     """
 
     def __init__(
@@ -88,22 +90,26 @@ class Stepper:
                 k,
                 uncounted if k else self.step_count,
                 config.NUMBA_NUM_THREADS,
-                kernels.SERIAL_BELOW if parallel_works() else sys.maxsize,
+                kernels.SERIAL_BELOW,
             )
             for k in range(len(rows.dtypes))
         ]
         self._context = self.contexts[0].address if self.contexts else 0
         self._doubles = np.dtype(np.float64) in rows.dtypes
+        # One call of a kernel that holds the GIL: nobody can come in between.
+        self._holds_gil = [context.large for context in self.contexts] == [False]
+        self._in_one_call = gradients.compiled and self._holds_gil
+        self.set_num_threads(None)
+
+    def set_num_threads(self, asked: int | None) -> None:
+        """Let steps take so many threads, or as many as `cpus.default_threads` says."""
+        self.num_threads = thread_count(asked)
         self.choose_kernels()
 
     def choose_kernels(self) -> None:
         """Have other kernels looked for: in a forked child, the parent's may not run."""
         for context in self.contexts:
-            context.parallel &= parallel_works()
-        parallel = [context.parallel for context in self.contexts]
-        # One call of a kernel that holds the GIL: nobody can come in between.
-        self._serial = parallel == [False]
-        self._in_one_call = self._gradients.compiled and self._serial
+            context.set_threads(self.num_threads, parallel=parallel_works())
         self._updates: dict[bool, list[Any]] = {}
 
     @property
@@ -137,10 +143,16 @@ class Stepper:
             parallel=context.parallel,
             roles=self._rows.roles,
             zero_grad=zero_grad,
+            nogil=context.large and not context.parallel,
         )
 
     def _sum_kernel(self, context: Context, *, largest: bool) -> Any:
-        return kernels.sum_kernel(context.dtype, parallel=context.parallel, largest=largest)
+        return kernels.sum_kernel(
+            context.dtype,
+            parallel=context.parallel,
+            largest=largest,
+            nogil=context.large and not context.parallel,
+        )
 
     def step(self, grads: tuple[Any, ...], zero_grad: bool) -> int:
         """Take the step; return its number, from 0.
@@ -173,7 +185,7 @@ class Stepper:
         The gradients are multiplied by ``clip``.
         """
         updates = self._updates.get(zero_grad) or self._update_kernels(zero_grad)
-        if self._serial:
+        if self._holds_gil:
             return updates[0](self._context, 0, clip) - 1  # type: ignore[no-any-return]
         with kernel_lock:
             if len(updates) == 1:

@@ -94,6 +94,11 @@ class Stepper:
     def steps(self, steps: npt.NDArray[np.int64]) -> None:
         self._context.steps = steps
 
+    num_threads = None
+
+    def set_num_threads(self, asked: int | None) -> None:
+        """Do nothing: the host's threads take no part."""
+
     def choose_kernels(self) -> None:
         """Do nothing: the driver itself refuses to work in a forked child."""
 

@@ -59,14 +59,14 @@ def real_or_none(value: object, name: str, rule: Rule) -> float | None:
     return None if value is None else real(value, name, rule, "None or a real number")
 
 
-def integer(value: Any, name: str, least: int = 0) -> int:
+def integer(value: Any, name: str, least: int = 0, kind: str = "an integer") -> int:
     """Return an integer of at least ``least`` as an int; NumPy's pass, a bool does not."""
     try:
         number = index(value)
     except TypeError:
         number = None
     if number is None or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+        raise TypeError(f"{name} must be {kind}, got {value!r}")
     if number < least:
         raise ValueError(f"{name} must be >= {least}, got {value!r}")
     return number

@@ -88,6 +88,12 @@ def check_nonfinite(value: object) -> Nonfinite:
     return checks.choice(value, "nonfinite", NONFINITE)
 
 
+def check_num_threads(value: object) -> int | None:
+    """Return the number as an int >= 1, or None, or raise."""
+    kind = "None or an integer"
+    return None if value is None else checks.integer(value, "num_threads", 1, kind)
+
+
 def check_ema_decay(value: object, name: str = "ema_decay") -> float | None:
     """Return the decay as a float in [0, 1), or None, or raise."""
     return checks.real_or_none(value, name, "in [0, 1)")

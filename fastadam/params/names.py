@@ -36,6 +36,9 @@ _MEANT = {
     "lr_schedule": "schedule",
     "lr_scheduler": "schedule",
     "scheduler": "schedule",
+    "n_threads": "num_threads",
+    "nthreads": "num_threads",
+    "threads": "num_threads",
 }
 
 # Attributes of an optimizer that only its constructor can set.

@@ -9,13 +9,14 @@ from argparse import Namespace
 import pytest
 
 import fastadam
+from fastadam import cpus
 from fastadam.cli import info
 
 # Whatever the tests themselves run under must not reach the child.
 UNSET = [
     *info.NOT_NUMBA.split(),
     *info.BINDING.split(),
-    *info.LOCAL_PROCESSES.split(),
+    *cpus.LOCAL_PROCESSES,
     *("OMP_THREAD_LIMIT", "NUMBA_NUM_THREADS", "NUMBA_THREADING_LAYER", "NUMBA_DISABLE_JIT"),
     *("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_ENABLE_AVX"),
 ]
@@ -46,6 +47,8 @@ def facts():
         "simd": {"compiled_for": "znver4"},
         "threads": {
             "count": 8,
+            "used": 8,
+            "rule": "one for each CPU allowed",
             "layer": "omp",
             "error": None,
             "seen": 8,
@@ -106,7 +109,15 @@ class TestEnvironment:
     def test_openmp_variables_do_not_reach_numba(self):
         facts = facts_of(NUMBA_NUM_THREADS="2", OMP_NUM_THREADS="1")
         assert facts["threads"]["count"] == facts["threads"]["seen"] == 2
-        assert warned(facts, "OMP_NUM_THREADS=1", "does not reach Numba, which uses 2")
+        assert warned(facts, "OMP_NUM_THREADS=1", "does not reach Numba, a step takes 2")
+
+    def test_one_of_several_processes(self):
+        """What a launcher says is a rule, and no reason for a warning."""
+        facts = facts_of(LOCAL_WORLD_SIZE="1000")
+        assert facts["threads"]["used"] == 1
+        if facts["machine"]["cpus_allowed"] > 1:
+            assert facts["threads"]["rule"].startswith("1000 processes (LOCAL_WORLD_SIZE=1000) sh")
+        assert not warned(facts, "processes (")
 
     def test_missing_layer(self):
         facts = facts_of(NUMBA_THREADING_LAYER="nosuch")
@@ -144,7 +155,7 @@ class TestWarnings:
             (
                 "machine",
                 {"cpu_quota": 1.5},
-                {},
+                {"NUMBA_NUM_THREADS": "8"},
                 "of 1.5 CPUs to 8 threads: set NUMBA_NUM_THREADS=1",
             ),
             ("machine", {"cpus": 16}, {}, "allows 8 of 16 CPUs"),
@@ -166,14 +177,24 @@ class TestWarnings:
                 {},
                 "; to always use one thread, set NUMBA_NUM_THREADS=1",
             ),
-            ("threads", {"count": 4}, {}, "4 of 8 CPUs used: the others stay idle"),
-            ("threads", {"count": 16, "seen": 16}, {}, "16 threads share 8 CPUs"),
+            ("threads", {"count": 4, "used": 4}, {}, "4 of 8 CPUs used: the others stay idle"),
+            ("threads", {"count": 16, "used": 16, "seen": 16}, {}, "16 threads share 8 CPUs"),
             ("threads", {"seen": 2}, {"OMP_THREAD_LIMIT": "2"}, "only 2 of 8 threads took part"),
             ("threads", {"on_cpus": 1}, {"OMP_PLACES": "{0}"}, "8 threads to 1 of 8 CPUs (OMP_PL"),
             ("threads", {"main_bound": True}, {"OMP_PROC_BIND": "1"}, "main thread too (OMP_PROC"),
             ("threads", {}, {"MKL_NUM_THREADS": "1"}, "MKL_NUM_THREADS=1: does not reach Numba"),
-            ("threads", {}, {"LOCAL_WORLD_SIZE": "4"}, "set NUMBA_NUM_THREADS=2"),
-            ("threads", {}, {"SLURM_STEP_TASKS_PER_NODE": "2(x3)"}, "2 processes (SLURM"),
+            (
+                "threads",
+                {},
+                {"LOCAL_WORLD_SIZE": "4", "NUMBA_NUM_THREADS": "8"},
+                "set NUMBA_NUM_THREADS=2, or leave it unset",
+            ),
+            (
+                "threads",
+                {},
+                {"SLURM_STEP_TASKS_PER_NODE": "2(x3)", "NUMBA_NUM_THREADS": "8"},
+                "2 processes (SLURM",
+            ),
             ("cache", {"folder": None, "writable": False}, {}, "compile cache: no folder"),
             ("cache", {"writable": False}, {}, "cannot be written"),
         ],
@@ -192,7 +213,7 @@ class TestBusy:
         assert not warned(facts | {"warnings": info._warnings(facts, {})}, "busy")
 
     def test_not_for_one_thread(self, facts):
-        facts["threads"] |= {"count": 1, "seen": 1, "on_cpus": 1}
+        facts["threads"] |= {"count": 1, "used": 1, "seen": 1, "on_cpus": 1}
         facts["machine"]["busy_cpus"] = 8.0
         assert not warned(facts | {"warnings": info._warnings(facts, {})}, "busy")
 

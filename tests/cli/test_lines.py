@@ -92,9 +92,11 @@ def test_errors(printed, width, arguments):
 def test_info(printed, monkeypatch, width):
     facts = info.gather()
     facts["machine"] |= {"cpus": 8, "cpus_allowed": 4, "busy_cpus": 5.5, "cpu_quota": 1.5}
-    facts["threads"] |= {"count": 8, "layer": "omp", "seen": 2, "on_cpus": 8, "error": None}
+    facts["threads"] |= {"count": 8, "used": 8, "rule": "NUMBA_NUM_THREADS=8", "layer": "omp"}
+    facts["threads"] |= {"seen": 2, "on_cpus": 8, "error": None}
     facts["cache"] = {"folder": None, "writable": False}
-    facts["warnings"] = info._warnings(facts, {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "4"})
+    environ = {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "4", "NUMBA_NUM_THREADS": "8"}
+    facts["warnings"] = info._warnings(facts, environ)
     assert len(facts["warnings"]) > 5
     monkeypatch.setattr(info, "gather", lambda: facts)
     text = check(printed, width, "info")
@@ -279,7 +281,7 @@ def test_busy_is_shown(printed, monkeypatch):
 
 def test_info_of_one_thread_without_tbb(printed, monkeypatch):
     facts = info.gather()
-    facts["threads"] |= {"count": 1, "seen": 1}
+    facts["threads"] |= {"count": 1, "used": 1, "seen": 1}
     facts["threads"]["layers"]["tbb"]["available"] = False
     facts["versions"]["optional"].pop("tbb", None)
     monkeypatch.setattr(info, "gather", lambda: facts)

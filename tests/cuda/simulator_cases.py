@@ -215,6 +215,17 @@ def test_lists_with_norms(rng, nonfinite):
     assert lists.steps[1].tolist() == [4 - (nonfinite != "propagate")] * 2
 
 
+def test_the_hosts_threads_have_no_part(rng):
+    params = draws(rng, [(5,)])
+    twins = Twins(params, num_threads=1)
+    assert (twins.cpu.num_threads, twins.cuda.num_threads) == (1, None)
+    twins.cuda.num_threads = 2
+    assert twins.cuda.num_threads is None
+    with pytest.raises(ValueError, match="num_threads must be >= 1, got 0"):
+        twins.cuda.num_threads = 0
+    Lists(params).step(like(rng, params), num_threads=1)
+
+
 def test_lists_keep_nothing_and_check_everything(monkeypatch):
     pretend_torch(monkeypatch)
     functional._tables.clear()

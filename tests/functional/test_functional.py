@@ -11,7 +11,7 @@ import pytest
 from digest_run import MODES, SIZE, STEPS, TAIL_MODES, cut
 
 import fastadam
-from fastadam import functional, schedules
+from fastadam import cpus, functional, schedules
 from fastadam.cpu import backend, kernels, lists, numpy_structs, tensors
 from fastadam.cpu import layout as field
 from fastadam.functional import adam
@@ -266,6 +266,22 @@ def test_tables_are_kept_while_addresses_stay(monkeypatch):
         kept.steps = kept.steps.copy()
     assert len(made) == 1
     assert kept.steps.tolist() == [3, 3]
+
+
+def test_another_number_of_threads_needs_no_other_tables(monkeypatch):
+    made = built(monkeypatch)
+    size = kernels.SERIAL_BELOW
+    kept, twin = (Engine([np.ones(size, np.float32)]) for _ in range(2))
+    for number in (1, 2, None, 1, 10**9):
+        grads = [kept.params[0][::-1].copy()]
+        kept.step(grads, num_threads=number)
+        twin.step(grads)
+        (tables, _) = functional._tables.values()
+        expected = cpus.thread_count(number)
+        assert tables.stepper.num_threads == expected
+        assert tables.stepper.contexts[0].parallel == (expected > 1)
+    assert kept.picture() == twin.picture()
+    assert len(made) == 2
 
 
 @pytest.mark.parametrize(
@@ -725,6 +741,8 @@ OUT_OF_RANGE = [
     ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm must be > 0, got 0.0"),
     ({"nonfinite": "ignore"}, ValueError, "nonfinite must be one of"),
     ({"zero_grad": 1}, TypeError, "zero_grad must be True or False, got 1"),
+    ({"num_threads": True}, TypeError, "num_threads must be None or an integer, got True"),
+    ({"num_threads": 0}, ValueError, "num_threads must be >= 1, got 0"),
 ]
 
 

@@ -76,32 +76,6 @@ def test_what_else_runs(tmp_path, monkeypatch):
     assert others.cpus is None
 
 
-def test_lowest_quota_of_the_groups_above(tmp_path):
-    group = "sys/fs/cgroup/a/"
-    files = {"proc/self/cgroup": "0::/a/b\n", group + "b/cpu.max": "max 100000\n"}
-    fake_system(tmp_path, **files)
-    assert machine.cpu_quota(tmp_path) is None
-    (tmp_path / group / "cpu.max").write_text("150000 100000\n")
-    assert machine.cpu_quota(tmp_path) == 1.5
-
-
-def test_quota_in_an_old_container(tmp_path):
-    group = "sys/fs/cgroup/cpu,cpuacct/"
-    files = {
-        "proc/self/cgroup": "3:cpuset:/x\n2:cpu,cpuacct:/not/shown/in/a/container\n",
-        group + "cpu.cfs_period_us": "100000\n",
-        group + "cpu.cfs_quota_us": "-1\n",
-    }
-    fake_system(tmp_path, **files)
-    assert machine.cpu_quota(tmp_path) is None
-    (tmp_path / group / "cpu.cfs_quota_us").write_text("50000\n")
-    assert machine.cpu_quota(tmp_path) == 0.5
-
-
-def test_no_quota_where_nothing_tells(tmp_path):
-    assert machine.cpu_quota(tmp_path) is None
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc/stat")
 def test_sees_processes_that_spin():
     with load.Spinners(1):

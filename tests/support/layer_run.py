@@ -184,6 +184,7 @@ def warm():
         new_optimizers()
         for kind in KINDS:
             Task(kind).step()
+            Task(kind, num_threads=1).step()  # as in a child that may not use several
         things = objects()
         set_grads(things)
         fastadam.from_objects(things, **TAIL).step()

@@ -106,3 +106,8 @@ def test_tail_and_roofline(benchmarks):
 def test_state_has_the_bytes_of_its_arrays(benchmarks, option, arrays, dtype, itemsize):
     found = benchmarks("memory").State().track_bytes_per_element(dtype, option, 1)
     assert arrays * itemsize <= found < arrays * itemsize + 1
+
+
+def test_ranks(benchmarks):
+    ranks = benchmarks("ranks")
+    assert all(0 < ranks.mean_step(2, threads, 1000, seconds=0.05) < 0.05 for threads in (0, 2))

@@ -9,16 +9,17 @@ import pytest
 import fastadam
 
 ROOT = Path(fastadam.__file__).parent
-CORE = ["runtime", "params", "state", "update", "cpu", "cuda", "backends"]
+CORE = ["runtime", "cpus", "params", "state", "update", "cpu", "cuda", "backends"]
 FACADES = ["adam", "functional", "saveable", "schedules"]
 # What each room, a folder or a file of the package, may import beside itself.
 MAY_IMPORT = {
     "version": [],
     "runtime": [],
+    "cpus": [],
     "params": [],
     "state": ["params"],
     "update": ["params", "state"],
-    "cpu": ["runtime", "params", "state", "update"],
+    "cpu": ["runtime", "cpus", "params", "state", "update"],
     "cuda": ["runtime", "params", "state", "update", "cpu"],
     "backends": ["runtime", "params", "state", "update", "cpu", "cuda"],
     "schedules": ["params"],

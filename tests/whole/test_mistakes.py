@@ -97,6 +97,7 @@ def objects_of(cls):
         ("clip_norm", "; did you mean 'max_grad_norm'?"),
         ("max_gradnorm", "; did you mean 'max_grad_norm'?"),
         ("scheduler", "; did you mean 'schedule'?"),
+        ("threads", "; did you mean 'num_threads'?"),
         ("betas", '; it is set by group, as in opt.param_groups[0]["betas"] = value'),
         ("Epsilon", '; it is set by group, as in opt.param_groups[0]["eps"] = value'),
         ("qqq", ""),
@@ -180,6 +181,7 @@ MEANT = {
     "clipnorm": "max_grad_norm",
     "ema": "ema_decay",
     "decoupled": "decoupled_weight_decay",
+    "n_threads": "num_threads",
 }
 
 
@@ -223,7 +225,7 @@ def test_signatures_are_as_they_were():
     for cls in (fastadam.Adam, AdamW):
         names = list(inspect.signature(cls).parameters)
         assert names[:4] == ["params", "lr", "betas", "eps"]
-        assert (len(names), names[-1]) == (12, "ema_decay")
+        assert (len(names), names[-1]) == (13, "num_threads")
 
 
 # A worker of joblib's has read-only memory.

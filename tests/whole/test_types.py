@@ -58,6 +58,9 @@ opt.ema_params[0][:] = 3
 opt.param_groups[0]["lr"] = 0.5
 opt.nonfinite = "skip"
 opt.max_grad_norm = None
+opt.num_threads = 2
+opt.num_threads = None
+fastadam.AdamW(w, num_threads=2)
 opt.schedule = schedules.cosine(10)
 opt.schedule = lambda step: 1 / (step + 1)
 schedules.chain((schedules.warmup(schedules.constant(), 5), 10), lambda step: 1.0)
@@ -91,6 +94,8 @@ opt.amsgrad = True  # wrong
 opt.learning_rate = 0.1  # wrong
 opt.max_grad_norm = "1"  # wrong
 opt.schedule = 0.5  # wrong
+opt.num_threads = "2"  # wrong
+fastadam.Adam(w, num_threads=0.5)  # wrong
 opt.step("abc")  # wrong
 opt.step({"w": 1.0})  # wrong
 opt.step([1.0])  # wrong
