@@ -1,6 +1,7 @@
 """The only home of compile flags and of the machine primitives."""
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -55,8 +56,8 @@ def kernel(
         return _refuse
     with signals_deferred():
         if parallel:
-            with kernel_lock:  # launches them, without which `thread_count` has nothing to call
-                get_num_threads()
+            with kernel_lock:
+                _launch_threads()
         bound = bind(function, **constants)
         nogil |= parallel
         dispatcher = njit(parallel=parallel, nogil=nogil, **FLAGS)(bound)
@@ -73,6 +74,19 @@ def kernel(
         dispatcher._compiler.compile = compile_with_notice  # called if the cache has no file
         dispatcher.compile(signature)
     return dispatcher
+
+
+def _launch_threads() -> None:
+    """Start Numba's threads, without which `thread_count` has nothing to call.
+
+    Its OpenMP layer then sets how many threads all of OpenMP takes, torch's too, of which
+    ``torch.set_num_threads(1)`` may have made one: that is set again.
+    """
+    torch: Any = sys.modules.get("torch")
+    threads = torch.get_num_threads() if hasattr(torch, "set_num_threads") else None
+    get_num_threads()
+    if threads is not None and torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
 
 
 def entry_point(kernel: Any) -> Any:

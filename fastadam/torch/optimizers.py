@@ -14,7 +14,7 @@ from .collect import Lists, Tensor, collect, options_of
 from .parts import USUAL, limit, one_call, split, step_by_torch
 
 _ARGUMENTS = {role.name: role.argument for role in roles.ROLES}
-_EXTRAS = ("_max_grad_norm", "_nonfinite", "_ema_decay")
+_EXTRAS = ("_max_grad_norm", "_nonfinite", "_ema_decay", "_num_threads")
 
 
 class _Optimizer(torch.optim.Optimizer):
@@ -23,16 +23,22 @@ class _Optimizer(torch.optim.Optimizer):
     _max_grad_norm: float | None = None
     _nonfinite: Nonfinite = "propagate"
     _ema_decay: float | None = None
+    _num_threads: int | None = None
     # Whether one call of a kernel took all parameters as they are, in the last step.
     _all_usual = True
     _result: StepResult | None = None
 
     def _set_extras(
-        self, max_grad_norm: float | None, nonfinite: Nonfinite, ema_decay: float | None
+        self,
+        max_grad_norm: float | None,
+        nonfinite: Nonfinite,
+        ema_decay: float | None,
+        num_threads: int | None,
     ) -> None:
         self._max_grad_norm = hyperparameters.check_max_grad_norm(max_grad_norm)
         self._nonfinite = hyperparameters.check_nonfinite(nonfinite)
         self._ema_decay = hyperparameters.check_ema_decay(ema_decay)
+        self._num_threads = hyperparameters.check_num_threads(num_threads)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: getattr(self, name) for name in _EXTRAS}}
@@ -68,6 +74,15 @@ class _Optimizer(torch.optim.Optimizer):
     @ema_decay.setter
     def ema_decay(self, ema_decay: float | None) -> None:
         self._ema_decay = hyperparameters.check_ema_decay(ema_decay)
+
+    @property
+    def num_threads(self) -> int | None:
+        """At most so many threads take a step on the CPU; can be set, None is the default."""
+        return self._num_threads
+
+    @num_threads.setter
+    def num_threads(self, num_threads: int | None) -> None:
+        self._num_threads = hyperparameters.check_num_threads(num_threads)
 
     @property
     def ema_params(self) -> list[Tensor]:
@@ -199,6 +214,7 @@ class _Optimizer(torch.optim.Optimizer):
             grad_scale=grad_scale,
             max_grad_norm=max_grad_norm,
             nonfinite=nonfinite,
+            num_threads=self._num_threads,
         )
         if result is None or not result.skipped:
             changed = lists.params
@@ -254,11 +270,14 @@ class Adam(_Optimizer, torch.optim.Adam):
         ``state[param]["ema"]``, to which each step adds
         ``(1-ema_decay) * (param-average)``; in [0, 1). It begins as a copy of
         the parameter before its first step.
+    num_threads : int, optional
+        At most so many threads take a step on the CPU. By default this
+        process's share of the CPUs, see `fastadam.Adam`. No bit depends on it.
 
     Raises
     ------
     TypeError, ValueError, RuntimeError
-        As torch's class, and for the last three out of range.
+        As torch's class, and for the last four out of range.
 
     Examples
     --------
@@ -290,8 +309,9 @@ class Adam(_Optimizer, torch.optim.Adam):
         max_grad_norm: float | None = None,
         nonfinite: Nonfinite = "propagate",
         ema_decay: float | None = None,
+        num_threads: int | None = None,
     ) -> None:
-        self._set_extras(max_grad_norm, nonfinite, ema_decay)
+        self._set_extras(max_grad_norm, nonfinite, ema_decay, num_threads)
         super().__init__(
             params,
             lr,
@@ -319,7 +339,7 @@ class AdamW(_Optimizer, torch.optim.AdamW):
         Each step multiplies the parameters by ``1 - lr*weight_decay``.
     foreach, fused, capturable, differentiable
         As in `Adam`.
-    max_grad_norm, nonfinite, ema_decay
+    max_grad_norm, nonfinite, ema_decay, num_threads
         As in `Adam`.
 
     Raises
@@ -352,8 +372,9 @@ class AdamW(_Optimizer, torch.optim.AdamW):
         max_grad_norm: float | None = None,
         nonfinite: Nonfinite = "propagate",
         ema_decay: float | None = None,
+        num_threads: int | None = None,
     ) -> None:
-        self._set_extras(max_grad_norm, nonfinite, ema_decay)
+        self._set_extras(max_grad_norm, nonfinite, ema_decay, num_threads)
         super().__init__(
             params,
             lr,
