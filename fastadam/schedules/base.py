@@ -60,8 +60,9 @@ _FIELDS: dict[str, Callable[[Any, str], object]] = {
 class Base:
     """What every schedule here shares: a checked step, fields made plain int and float."""
 
-    # Under a dataclass with slots, the names of its fields.
-    __slots__: ClassVar[tuple[str, ...]] = ()
+    # Under a dataclass with slots, the names of its fields. Here the empty dict that torch's
+    # LambdaLR saves and restores of every callable object.
+    __slots__: ClassVar[tuple[str, ...]] = ("__dict__",)
 
     def __call__(self, step: int) -> float:
         """Return the factor on the learning rate.

@@ -537,6 +537,23 @@ def torch_factors(optional, make, count):
     return factors
 
 
+@pytest.mark.parametrize("schedule", EXAMPLES, ids=repr)
+def test_torchs_lambda_lr_is_saved(optional, schedule):
+    """LambdaLR saves the ``__dict__`` of whatever callable object it is given."""
+    torch = optional("torch")
+    schedulers = []
+    for _ in range(2):
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        schedulers.append(torch.optim.lr_scheduler.LambdaLR(optimizer, schedule))
+        optimizer.step()
+    for _ in range(5):
+        schedulers[0].step()
+    schedulers[1].load_state_dict(schedulers[0].state_dict())
+    for scheduler in schedulers:
+        scheduler.step()
+        assert scheduler.get_last_lr() == [schedule(6)]
+
+
 @pytest.mark.parametrize(
     ("schedule", "make", "count"),
     [
