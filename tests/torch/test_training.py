@@ -44,9 +44,9 @@ import torch_training  # noqa: E402
 from torch_training import SCHEDULERS, STEPS, Case, ours, torchs  # noqa: E402
 
 EARLY = 20  # steps
-NOISE = 16  # rounding errors of the first loss
-RATIO = 32
-MEAN_RATIO = 5
+NOISE = 12  # rounding errors of the first loss
+RATIO = 16
+MEAN_RATIO = 4
 
 OPTIONS = (
     ("AdamW", ()),
@@ -73,7 +73,6 @@ USUAL = [
     *cases_of("transformer", ["ConstantLR", "SequentialLR"], 30),
 ]
 MORE = [
-    *cases_of("mlp", SCHEDULERS, 106),
     *cases_of("conv", SCHEDULERS, 200),
     *cases_of("transformer", SCHEDULERS, 300),
 ]
