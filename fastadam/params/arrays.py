@@ -7,7 +7,10 @@ import numpy as np
 import numpy.typing as npt
 from numpy.ma import MaskedArray  # of NumPy itself imported when it is asked for
 
-_TORCH = "; give fastadam.torch.CPUParams(model.named_parameters()).arrays"
+_TORCH = (
+    "; fastadam.torch.Adam takes torch's parameters, and fastadam.Adam takes"
+    " fastadam.torch.CPUParams(model.named_parameters()).arrays"
+)
 # What to do with a parameter of another library.
 _HINTS = {
     "torch": _TORCH,

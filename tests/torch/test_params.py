@@ -134,7 +134,7 @@ class OwnModel:
 )
 def test_a_model_in_the_place_of_arrays(torch, give):
     model = torch.nn.Sequential(torch.nn.Linear(3, 2))
-    hint = "; give fastadam.torch.CPUParams(model.named_parameters()).arrays"
+    hint = "fastadam.torch.CPUParams(model.named_parameters()).arrays"
     with pytest.raises(TypeError, match=f"{re.escape(hint)}$"):
         fastadam.Adam(give(model))
 
