@@ -1,8 +1,12 @@
 """Contracts of fastadam.torch's Adam and AdamW of which torch's own tests say nothing."""
 
 import copy
+import io
+import pickle
 
 import pytest
+
+EXTRAS = {"max_grad_norm": 0.5, "nonfinite": "skip", "ema_decay": 0.75}
 
 
 @pytest.fixture
@@ -26,6 +30,51 @@ def make_params(torch, *shapes, dtype=None):
         params.append(torch.nn.Parameter(values[0].clone()))
         params[-1].grad = values[1].clone()
     return params
+
+
+def theirs_of(torch, cls):
+    return getattr(torch.optim, cls.__name__)
+
+
+def draw_grads(params, seed):
+    """Give every parameter that requires one a gradient, the same for the same seed."""
+    import torch
+
+    draw = torch.Generator().manual_seed(seed)
+    for param in params:
+        if param.requires_grad:
+            values = torch.randn(param.shape, generator=draw, dtype=param.dtype)
+            param.grad = torch.empty_like(param).copy_(values)
+
+
+def run(opt, params, seeds):
+    for seed in seeds:
+        draw_grads(params, seed)
+        opt.step()
+
+
+def picture(opt, params):
+    """Return copies of all that a step may change."""
+    state = {k: {n: v.clone() for n, v in own.items()} for k, own in opt.state.items()}
+    groups = [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in opt.param_groups
+    ]
+    versions = [param._version for param in params]
+    return [param.detach().clone() for param in params], state, copy.deepcopy(groups), versions
+
+
+def assert_same(torch, found, expected):
+    """The bits, and that each has the same state."""
+    assert found[2:] == expected[2:]
+    assert list(found[1]) == list(expected[1])
+    torch.testing.assert_close(
+        (found[0], list(found[1].values())),
+        (expected[0], list(expected[1].values())),
+        rtol=0,
+        atol=0,
+        equal_nan=True,
+    )
 
 
 @pytest.mark.parametrize("extras", [{}, {"max_grad_norm": 1.0, "ema_decay": 0.9}])
@@ -72,3 +121,316 @@ def test_result_is_not_of_the_state(torch, cls):
     assert other.result is None
     with pytest.raises(AttributeError):
         opt.result = None
+
+
+def test_closure(torch, cls):
+    """It may compute gradients where the caller may not; its value is returned as it is."""
+    (param,) = make_params(torch, (3,))
+    opt = cls([param], lr=0.5)
+    calls = []
+
+    def closure():
+        calls.append((torch.is_grad_enabled(), param.detach().clone()))
+        opt.zero_grad()
+        loss = (param**2).sum()
+        loss.backward()
+        return loss
+
+    before = param.detach().clone()
+    with torch.no_grad():
+        loss = opt.step(closure)
+    ((enabled, seen),) = calls
+    assert enabled
+    assert torch.equal(seen, before)  # the closure comes before the update
+    assert loss.item() == (before**2).sum().item()
+    assert opt.state[param]["step"] == 1
+    assert opt.step() is None
+    sentinel = object()
+    assert opt.step(lambda: sentinel) is sentinel
+
+
+def test_closure_that_raises(torch, cls):
+    params = make_params(torch, (3,))
+    opt = cls(params)
+    before = picture(opt, params)
+    with pytest.raises(ZeroDivisionError):
+        opt.step(lambda: 1 / 0)
+    assert_same(torch, picture(opt, params), before)
+
+
+def test_add_param_group_between_steps(torch, cls):
+    """The new group counts from 0, with the defaults that it does not set."""
+    runs = []
+    for each in (cls, theirs_of(torch, cls)):
+        first, second = params = make_params(torch, (3, 2), (4,))
+        opt = each([first], lr=0.1, weight_decay=0.1)
+        run(opt, [first], range(3))
+        opt.add_param_group({"params": [second], "lr": 0.01})
+        run(opt, params, range(3, 6))
+        runs.append(params)
+        assert [int(opt.state[param]["step"]) for param in params] == [6, 3]
+    torch.testing.assert_close(*runs)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad(torch, cls, set_to_none):
+    """Zeros are a gradient, and count; None is not."""
+    params = make_params(torch, (3, 2))
+    opt = cls(params)
+    opt.step()
+    grad = params[0].grad
+    opt.zero_grad(set_to_none)
+    assert (params[0].grad is None) is set_to_none
+    if not set_to_none:
+        assert params[0].grad is grad
+        assert not grad.any()
+    opt.step()
+    assert opt.state[params[0]]["step"] == 2 - set_to_none
+
+
+def test_tensors_changed_in_place(torch, cls):
+    """Each step reads lr and betas anew; float64 tensors give the bits of floats."""
+    values = [(0.1, 0.9, 0.99), (0.02, 0.8, 0.999), (0.3, 0.85, 0.9)]
+    lr, beta1, beta2 = (torch.tensor(value, dtype=torch.float64) for value in values[0])
+    ours, others = make_params(torch, (3, 2)), make_params(torch, (3, 2))
+    opt, other = cls(ours, lr=lr, betas=(beta1, beta2)), cls(others)
+    for k, row in enumerate(values):
+        for tensor, value in zip((lr, beta1, beta2), row, strict=True):
+            tensor.fill_(value)
+        other.param_groups[0].update(lr=row[0], betas=row[1:])
+        run(opt, ours, [k])
+        run(other, others, [k])
+        assert torch.equal(ours[0], others[0])
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("layout", ["today's", "of torch 1.13", "of torch 1.4"])
+@pytest.mark.parametrize("ours_first", [True, False], ids=["to torch", "from torch"])
+def test_state_dicts_are_torchs(torch, cls, amsgrad, layout, ours_first):
+    """Halfway the other takes over, in either direction; older files have fewer keys."""
+    makers = [cls, theirs_of(torch, cls)]
+    first, second = makers if ours_first else makers[::-1]
+    kwargs = {"lr": 0.1, "weight_decay": 0.1, "amsgrad": amsgrad}
+    params, straight = make_params(torch, (3, 2), ()), make_params(torch, (3, 2), ())
+    opt, other = first(params, **kwargs), theirs_of(torch, cls)(straight, **kwargs)
+    run(opt, params, range(4))
+    run(other, straight, range(8))
+    saved = copy.deepcopy(opt.state_dict())
+    newer = {"decoupled_weight_decay"}
+    if layout == "of torch 1.4":
+        newer |= {"maximize", "foreach", "capturable", "differentiable", "fused"}
+        for own in saved["state"].values():
+            own["step"] = int(own["step"])
+    if layout != "today's":
+        for group in saved["param_groups"]:
+            for name in newer:
+                del group[name]
+    opt = second(params)  # with the defaults, over which the file's go
+    opt.load_state_dict(saved)
+    run(opt, params, range(4, 8))
+    torch.testing.assert_close(params, straight)
+    names = {"step", "exp_avg", "exp_avg_sq"} | ({"max_exp_avg_sq"} if amsgrad else set())
+    for param, expected in zip(params, straight, strict=True):
+        assert set(opt.state[param]) == names
+        for name, value in other.state[expected].items():
+            torch.testing.assert_close(opt.state[param][name], value)
+
+
+def test_torch_leaves_an_average_alone(torch, cls):
+    """It loads, and saves again, state that it does not know."""
+    params = make_params(torch, (3,))
+    opt = cls(params, ema_decay=0.75)
+    run(opt, params, range(2))
+    average = opt.ema_params[0].clone()
+    theirs = theirs_of(torch, cls)(params)
+    theirs.load_state_dict(opt.state_dict())
+    run(theirs, params, range(2))
+    other = cls(params, ema_decay=0.75)
+    other.load_state_dict(theirs.state_dict())
+    assert torch.equal(other.ema_params[0], average)
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "weights_only"])
+def test_copies_take_the_same_steps(torch, cls, way):
+    """To the bit, with all extras, which are no part of a state dict's groups."""
+    params = make_params(torch, (3, 2), (4,))
+    opt = cls(params, lr=0.1, amsgrad=True, **EXTRAS)
+    run(opt, params, range(3))
+    if way == "weights_only":
+        file = io.BytesIO()
+        torch.save(opt.state_dict(), file)
+        file.seek(0)
+        own = copy.deepcopy(params)
+        other = cls(own, **EXTRAS)
+        other.load_state_dict(torch.load(file, weights_only=True))
+    else:
+        other = copy.deepcopy(opt) if way == "deepcopy" else pickle.loads(pickle.dumps(opt))
+        own = other.param_groups[0]["params"]
+    assert (other.max_grad_norm, other.nonfinite, other.ema_decay) == tuple(EXTRAS.values())
+    for each, values in ((opt, params), (other, own)):
+        run(each, values, range(3, 6))
+        values[0].grad = values[0].grad * float("nan")
+        each.step()
+        assert each.result.skipped
+    for found, expected in zip(own, params, strict=True):
+        assert torch.equal(found, expected)
+        assert other.state[found].keys() == opt.state[expected].keys()
+        for name, value in opt.state[expected].items():
+            assert torch.equal(other.state[found][name], value)
+
+
+def test_data_swapped_between_steps(torch, cls):
+    """As engines do that gather and scatter: what is updated is what is there at the step."""
+    params, straight = make_params(torch, (3, 2), (4,)), make_params(torch, (3, 2), (4,))
+    opt, other = cls(params), cls(straight)
+    for seed in range(4):
+        old = [param.data for param in params]
+        values = [data.clone() for data in old]
+        for param in params:
+            param.data = param.data.clone()
+        run(opt, params, [seed])
+        run(other, straight, [seed])
+        for data, value in zip(old, values, strict=True):
+            assert torch.equal(data, value)
+    for param, expected in zip(params, straight, strict=True):
+        assert torch.equal(param, expected)
+
+
+def test_requires_grad_toggled(torch, cls):
+    """Frozen for two of six steps: as torch's, in value and count."""
+    runs = []
+    for each in (cls, theirs_of(torch, cls)):
+        params = make_params(torch, (3, 2), (4,))
+        opt = each(params)
+        for seed in range(6):
+            params[1].requires_grad_(seed not in (2, 3))
+            opt.zero_grad()
+            run(opt, params, [seed])
+        runs.append((params, [int(opt.state[param]["step"]) for param in params]))
+    torch.testing.assert_close(runs[0], runs[1])
+    assert runs[0][1] == [6, 4]
+
+
+def test_a_parameter_without_a_gradient(torch, cls):
+    """It has no state, as in torch, and is left alone, until it has one."""
+    params = make_params(torch, (3, 2), (4,))
+    params[0].grad = None
+    opt = cls(params)
+    old = params[0].detach().clone()
+    opt.step()
+    assert torch.equal(params[0], old)
+    assert list(opt.state) == [params[1]]
+    run(opt, params, range(2))
+    assert [int(opt.state[param]["step"]) for param in params] == [2, 3]
+
+
+@pytest.mark.parametrize("shapes", [((2, 3, 4, 5),), ((), (1,), (0,), (3, 0, 2)), ((1, 1, 1, 1),)])
+def test_shapes_and_channels_last(torch, cls, shapes):
+    """Any dense order of the axes gives the same bits; no axis, or no element, is no trouble."""
+    plain, last, theirs = (make_params(torch, *shapes) for _ in range(3))
+    for param in last:
+        if param.dim() == 4:
+            param.data = param.data.contiguous(memory_format=torch.channels_last)
+    for params, each in ((plain, cls), (last, cls), (theirs, theirs_of(torch, cls))):
+        opt = each(params, lr=0.1)
+        run(opt, params, range(3))
+        for param in params:
+            assert opt.state[param]["exp_avg"].stride() == param.stride()
+    for param, other in zip(plain, last, strict=True):
+        assert torch.equal(param, other)
+    torch.testing.assert_close(plain, theirs)
+
+
+def test_state_of_another_memory_format(torch, cls):
+    """A model is made channels_last after a load, or between two steps: the same bits."""
+    plain, last = make_params(torch, (2, 3, 4, 5)), make_params(torch, (2, 3, 4, 5))
+    opt, other = cls(plain, amsgrad=True), cls(last, amsgrad=True)
+    run(opt, plain, range(2))
+    run(other, last, range(2))
+    last[0].data = last[0].data.contiguous(memory_format=torch.channels_last)
+    run(opt, plain, range(2, 4))
+    run(other, last, range(2, 4))
+    assert torch.equal(plain[0], last[0])
+    again = cls(last, amsgrad=True)
+    # In C order. A copy: torch's loading shares what need not be converted.
+    again.load_state_dict(copy.deepcopy(opt.state_dict()))
+    run(opt, plain, range(4, 6))
+    run(again, last, range(4, 6))
+    assert torch.equal(plain[0], last[0])
+
+
+def make_bad(torch, name, opt, params):
+    """Make the next step impossible; return what it raises."""
+    last, group = params[-1], opt.param_groups[-1]
+    if name == "sparse":
+        last.grad = last.grad.to_sparse()
+        return RuntimeError, "does not support sparse gradients"
+    if name == "meta":
+        meta = torch.nn.Parameter(torch.empty(3, device="meta"))
+        meta.grad = torch.empty(3, device="meta")
+        group["params"].append(meta)
+        return RuntimeError, "meta has no memory"
+    if name == "nonfinite":
+        opt.nonfinite = "raise"
+        last.grad = last.grad * float("inf")
+        return FloatingPointError, "finite"
+    if name == "lr":
+        group["lr"] = -1.0
+        return ValueError, "lr"
+    if name == "betas":
+        group["betas"] = (0.9, 1.0)
+        return ValueError, "betas"
+    if name == "eps":
+        group["eps"] = "small"
+        return TypeError, "eps"
+    new = opt.state[last]
+    if name == "shape of state":
+        new.update({each: torch.zeros(7) for each in ("exp_avg", "exp_avg_sq", "ema")})
+        new["step"] = torch.tensor(1.0)
+        return ValueError, "exp_avg"
+    raise AssertionError(name)
+
+
+BAD = ("sparse", "meta", "nonfinite", "lr", "betas", "eps", "shape of state")
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("steps", [0, 2], ids=["first step", "third step"])
+def test_a_call_that_raises_changes_nothing(torch, cls, name, steps):
+    """No parameter, no state or count, and no parameter gets state."""
+    params = make_params(torch, (3, 2), (4,), (5,))
+    opt = cls([{"params": params[:1]}, {"params": params[1:]}], ema_decay=0.75)
+    run(opt, params, range(steps))
+    draw_grads(params, steps)
+    error, message = make_bad(torch, name, opt, params)
+    before = picture(opt, params)
+    for _ in range(2):  # nor is anything remembered
+        with pytest.raises(error, match=message):
+            opt.step()
+        assert_same(torch, picture(opt, params), before)
+
+
+def test_autograd_is_told(torch, cls):
+    """A graph that has kept a parameter for its backward refuses to go on, as with torch's."""
+    for each in (cls, theirs_of(torch, cls)):
+        first, second = make_params(torch, (3, 3), (3,))
+        opt = each([first, second])
+        still = (torch.ones(3) @ first).sum()  # does not keep the parameter
+        loss = (first @ second).sum()
+        opt.step()
+        still.backward()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_autograd_is_not_told_of_what_stays(torch, cls):
+    """Without a gradient, or skipped, a parameter is as it was."""
+    first, second = make_params(torch, (3, 3), (3,))
+    loss = (first @ second).sum()
+    first.grad = None
+    second.grad = second.grad * float("nan")
+    opt = cls([first, second], nonfinite="skip")
+    opt.step()
+    assert opt.result.skipped
+    loss.backward()
+    assert first.grad is not None
