@@ -11,7 +11,7 @@ from ..params.types import Nonfinite
 from ..state import roles
 from ..update.result import StepResult
 from .collect import Lists, Tensor, collect, options_of
-from .parts import USUAL, limit, one_call, split, step_by_torch
+from .parts import USUAL, check, limit, one_call, split, step_by_torch
 
 _ARGUMENTS = {role.name: role.argument for role in roles.ROLES}
 _EXTRAS = ("_max_grad_norm", "_nonfinite", "_ema_decay", "_num_threads")
@@ -181,6 +181,8 @@ class _Optimizer(torch.optim.Optimizer):
                 for part in split(lists, groups, [self.state[param] for param in lists.params])
             ]
             self._all_usual = len(parts) == 1 and parts[0].as_given
+            if len(parts) > 1 or any(part.by_torch for part in parts):
+                check(parts, groups)
             result = None
             if limits != (None, "propagate") and parts and not one_call(parts):
                 result, grad_scale = limit(parts, groups, grad_scale, *limits)

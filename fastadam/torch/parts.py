@@ -13,10 +13,11 @@ import torch
 from torch.optim.adam import adam as torchs_adam
 from torch.optim.optimizer import _get_capturable_supported_devices
 
+from ..params import hyperparameters
 from ..params.types import Nonfinite
 from ..update.limits import clip_coefficient
 from ..update.result import StepResult
-from .collect import OPTIONS, Group, Lists, State, Tensor
+from .collect import OPTIONS, Group, Lists, State, Tensor, options_of
 
 USUAL = {torch.Tensor, torch.nn.Parameter}
 _DTYPES = {torch.float32, torch.float64}
@@ -169,6 +170,29 @@ def _long_strides(tensor: Tensor) -> list[tuple[int, int]]:
         return []
     pairs = zip(tensor.stride(), tensor.shape, strict=True)
     return [(stride, length) for stride, length in pairs if length != 1]
+
+
+def check(parts: Iterable[Part], groups: Sequence[Group]) -> None:
+    """Refuse what no call takes before the first of several changes anything.
+
+    Torch's kernels take any hyperparameter, and some refuse state when a part is done.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a hyperparameter out of range, or state that does not fit its parameter.
+    """
+    for k in sorted({k for part in parts for k in part.lists.groups}):
+        hyperparameters.check_options(options_of([groups[k]]), f"param_groups[{k}]: ")
+    for part in parts:
+        for name, arrays in part.lists.arrays.items():
+            for param, array in zip(part.lists.params, arrays, strict=True):
+                for what in ("shape", "dtype"):
+                    got, needed = getattr(array, what), getattr(param, what)
+                    if got != needed:
+                        raise (TypeError if what == "dtype" else ValueError)(
+                            f"{name}.{what} must be its parameter's, {needed}, got {got}"
+                        )
 
 
 def step_by_torch(

@@ -385,7 +385,8 @@ def make_bad(torch, name, opt, params):
         return TypeError, "eps"
     new = opt.state[last]
     if name == "shape of state":
-        new.update({each: torch.zeros(7) for each in ("exp_avg", "exp_avg_sq", "ema")})
+        names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "ema")
+        new.update({each: torch.zeros(7, dtype=last.dtype) for each in names})
         new["step"] = torch.tensor(1.0)
         return ValueError, "exp_avg"
     raise AssertionError(name)
@@ -396,10 +397,21 @@ BAD = ("sparse", "meta", "nonfinite", "lr", "betas", "eps", "shape of state")
 
 @pytest.mark.parametrize("name", BAD)
 @pytest.mark.parametrize("steps", [0, 2], ids=["first step", "third step"])
-def test_a_call_that_raises_changes_nothing(torch, cls, name, steps):
-    """No parameter, no state or count, and no parameter gets state."""
+@pytest.mark.parametrize("kind", ["usual", "amsgrad", "float16", "strided", "complex64"])
+def test_a_call_that_raises_changes_nothing(torch, cls, name, steps, kind):
+    """No parameter, no state or count, and no parameter gets state.
+
+    Also not if the group at fault comes after others: what differs in kind takes several calls.
+    """
     params = make_params(torch, (3, 2), (4,), (5,))
-    opt = cls([{"params": params[:1]}, {"params": params[1:]}], ema_decay=0.75)
+    if kind in ("float16", "complex64"):
+        params[1:] = [torch.nn.Parameter(p.detach().to(getattr(torch, kind))) for p in params[1:]]
+    elif kind == "strided":
+        params[1:] = [torch.nn.Parameter(torch.rand(n, 2)[:, 0]) for n in (4, 5)]
+    opt = cls(
+        [{"params": params[:1]}, {"params": params[1:], "amsgrad": kind == "amsgrad"}],
+        ema_decay=0.75,
+    )
     run(opt, params, range(steps))
     draw_grads(params, steps)
     error, message = make_bad(torch, name, opt, params)
