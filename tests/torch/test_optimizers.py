@@ -446,3 +446,43 @@ def test_autograd_is_not_told_of_what_stays(torch, cls):
     assert opt.result.skipped
     loss.backward()
     assert first.grad is not None
+
+
+def with_grad(torch, **kwargs):
+    param = torch.ones(2, **kwargs)
+    param.grad = torch.ones_like(param)
+    return [param]
+
+
+REFUSED = {
+    "fused and foreach": lambda t, c: c(with_grad(t), fused=True, foreach=True),
+    "fused and differentiable": lambda t, c: c(with_grad(t), fused=True, differentiable=True),
+    "lr < 0": lambda t, c: c(with_grad(t), lr=-1),
+    "lr of text": lambda t, c: c(with_grad(t), lr="0.1"),
+    "eps < 0": lambda t, c: c(with_grad(t), eps=-1.0),
+    "betas of ints": lambda t, c: c(with_grad(t), betas=(0, 0)),
+    "one beta": lambda t, c: c(with_grad(t), betas=(0.9,)),
+    "no params": lambda t, c: c([]),  # noqa: ARG005
+    "params that are no tensors": lambda t, c: c(["weight"]),  # noqa: ARG005
+    "a set of params": lambda t, c: c([{"params": set(with_grad(t))}]),
+    "a group without params": lambda t, c: c([{"lr": 0.1}]),  # noqa: ARG005
+    "no leaf": lambda t, c: c([t.ones(2, requires_grad=True) * 2]),
+    "unknown argument": lambda t, c: c(with_grad(t), momentum=0.9),
+    "seven by position": lambda t, c: c(with_grad(t), 1e-3, (0.9, 0.9), 1e-8, 0, True, True),
+    "closure of a number": lambda t, c: c(with_grad(t)).step(3),
+    "capturable on the CPU": lambda t, c: c(with_grad(t), capturable=True).step(),
+    "state of other groups": lambda t, c: c(with_grad(t)).load_state_dict(
+        c(with_grad(t) + with_grad(t)).state_dict()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_as_by_torch(torch, cls, name):
+    """The same type with the same words, whatever refuses it."""
+    raised = []
+    for each in (cls, theirs_of(torch, cls)):
+        with pytest.raises(Exception) as error:  # noqa: PT011
+            REFUSED[name](torch, each)
+        raised.append((error.type, str(error.value)))
+    assert raised[0] == raised[1]
