@@ -31,9 +31,19 @@ def copies(module):
     return [param.detach().clone() for param in module.parameters()]
 
 
+def start_anew():
+    """Forget what torch has compiled, and how the last Accelerator of the process was made."""
+    torch.compiler.reset()
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+
+
 def plain(adamw, *, compiled="nothing", scheduler=True):
     """The loop of torch's tutorials; the model, the optimizer's step or all of it compiled."""
-    torch.compiler.reset()
+    start_anew()
     model = net()
     opt = adamw(model.parameters(), lr=1e-2, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.ExponentialLR(opt, 0.9) if scheduler else None
@@ -63,6 +73,26 @@ def noop(function):
     return function
 
 
+def notebook(adamw):
+    """Optimizers for the whole model and for parts of it, in turn; one is made anew half-way."""
+    model = net()
+    opts = [
+        adamw(model.parameters(), lr=1e-2),
+        adamw(model[2].parameters(), lr=1e-2),
+        torch.optim.SGD(model[0].parameters(), lr=1e-2),
+    ]
+    losses = []
+    for k, (x, y) in enumerate(DataLoader(data(), batch_size=4)):
+        if k == BATCHES // 2:
+            opts[0] = adamw(model.parameters(), lr=1e-2)  # as in a cell that is run again
+        model.zero_grad()
+        loss = nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        opts[k % 3].step()
+        losses.append(loss.item())
+    return losses, copies(model)
+
+
 def scaled(adamw, *, clip=None, **options):
     """With float16 and GradScaler; beside the usual, the scales, and which steps were taken."""
     model = net()
@@ -90,10 +120,8 @@ def scaled(adamw, *, clip=None, **options):
 def accelerate(adamw, folder, *, precision="no", resume=False):
     """With accumulation, clipping and a scheduler; in several processes if launched so."""
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
 
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    start_anew()
     accelerator = Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=2)
     model = net()
     opt = adamw(model.parameters(), lr=1e-2, weight_decay=0.1)

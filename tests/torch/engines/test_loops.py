@@ -2,12 +2,21 @@
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
+PAGE = Path(__file__).parents[3] / "docs" / "engines_loops.md"
+SECTIONS = dict(part.split("\n", 1) for part in PAGE.read_text("utf-8").split("\n## ")[1:])
+PACKAGES = {
+    "Accelerate": "accelerate",
+    "Lightning": "lightning",
+    "The Trainer of transformers": "transformers",
+}
 # In units of the loss. The gradients are those of the same code, so losses differ by what
 # rounding does to 16 updates; where the model computes in 16 bits, by some of its roundings.
 FLOAT32, HALF = 1e-5, 2e-3
@@ -91,6 +100,13 @@ def test_compile(loops, ours, theirs, compiled, scheduler):
     assert_alike(result, expected, FLOAT32)
 
 
+def test_several_optimizers_over_one_model(loops, ours, theirs):
+    """Moments are each optimizer's own, though the parameters are the same."""
+    expected = noted(loops.notebook, theirs)
+    result = noted(loops.notebook, ours)
+    assert_alike(result, expected, FLOAT32)
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_accelerate(loops, ours, theirs, optional, tmp_path, precision):
     optional("accelerate")
@@ -156,3 +172,16 @@ def test_transformers_trainer(loops, ours, theirs, optional, tmp_path, given_as)
     assert_alike(result, expected, FLOAT32 if given_as == "optimizers" else HALF)
     resumed, _ = noted(loops.transformers, ours, tmp_path / "ours", resume=True, **options)
     assert_resumed(resumed, result[0])
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_the_pages_examples(loops, optional, tmp_path, monkeypatch, section):
+    """Those of a section run as they stand, one after the other."""
+    optional(PACKAGES.get(section, "torch"))
+    loops.start_anew()
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "__main__"}
+    blocks = re.findall(r"^```python\n(.*?)^```$", SECTIONS[section], re.M | re.S)
+    assert blocks
+    for block in blocks:
+        noted(exec, block, names)
