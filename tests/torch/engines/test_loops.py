@@ -71,6 +71,17 @@ def assert_resumed(resumed, straight):
         assert one.equal(other)
 
 
+def assert_loop(loop, ours, theirs, folder, tolerance, **options):
+    """As torch's, straight through; resumed from an own checkpoint, and from one of torch's."""
+    expected = noted(loop, theirs, folder / "theirs", **options)
+    result = noted(loop, ours, folder / "ours", **options)
+    assert_alike(result, expected, tolerance)
+    resumed, _ = noted(loop, ours, folder / "ours", resume=True, **options)
+    assert_resumed(resumed, result[0])
+    taken_over, _ = noted(loop, ours, folder / "theirs", resume=True, **options)
+    assert taken_over[0] == pytest.approx(resumed[0], rel=tolerance)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("clip", [None, 0.5])
 def test_grad_scaler(loops, ours, theirs, fused, clip):
@@ -110,12 +121,8 @@ def test_several_optimizers_over_one_model(loops, ours, theirs):
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_accelerate(loops, ours, theirs, optional, tmp_path, precision):
     optional("accelerate")
-    loop = loops.accelerate
-    expected = noted(loop, theirs, tmp_path / "theirs", precision=precision)
-    result = noted(loop, ours, tmp_path / "ours", precision=precision)
-    assert_alike(result, expected, FLOAT32 if precision == "no" else HALF)
-    resumed, _ = noted(loop, ours, tmp_path / "ours", precision=precision, resume=True)
-    assert_resumed(resumed, result[0])
+    tolerance = FLOAT32 if precision == "no" else HALF
+    assert_loop(loops.accelerate, ours, theirs, tmp_path, tolerance, precision=precision)
 
 
 def test_accelerate_in_two_processes(loops, optional, tmp_path):
@@ -143,12 +150,9 @@ def test_accelerate_in_two_processes(loops, optional, tmp_path):
 @pytest.mark.parametrize("manual", [False, True])
 def test_lightning(loops, ours, theirs, optional, tmp_path, manual, precision):
     optional("lightning")
-    loop, options = loops.lightning, {"manual": manual, "precision": precision}
-    expected = noted(loop, theirs, tmp_path / "theirs", **options)
-    result = noted(loop, ours, tmp_path / "ours", **options)
-    assert_alike(result, expected, FLOAT32 if precision == "32-true" else HALF)
-    resumed, _ = noted(loop, ours, tmp_path / "ours", resume=True, **options)
-    assert_resumed(resumed, result[0])
+    tolerance = FLOAT32 if precision == "32-true" else HALF
+    options = {"manual": manual, "precision": precision}
+    assert_loop(loops.lightning, ours, theirs, tmp_path, tolerance, **options)
 
 
 def test_lightning_clips_where_the_step_does_not_unscale(loops, ours, theirs, optional, tmp_path):
@@ -163,15 +167,13 @@ def test_lightning_clips_where_the_step_does_not_unscale(loops, ours, theirs, op
     assert_alike(result, expected, HALF)
 
 
-@pytest.mark.parametrize("given_as", ["optimizers", "optimizer_cls_and_kwargs"])
-def test_transformers_trainer(loops, ours, theirs, optional, tmp_path, given_as):
+@pytest.mark.parametrize(
+    ("given_as", "bf16"), [("optimizers", True), ("optimizer_cls_and_kwargs", False)]
+)
+def test_transformers_trainer(loops, ours, theirs, optional, tmp_path, given_as, bf16):
     optional("transformers")
-    options = {"given_as": given_as, "bf16": given_as != "optimizers"}
-    expected = noted(loops.transformers, theirs, tmp_path / "theirs", **options)
-    result = noted(loops.transformers, ours, tmp_path / "ours", **options)
-    assert_alike(result, expected, FLOAT32 if given_as == "optimizers" else HALF)
-    resumed, _ = noted(loops.transformers, ours, tmp_path / "ours", resume=True, **options)
-    assert_resumed(resumed, result[0])
+    tolerance, options = HALF if bf16 else FLOAT32, {"given_as": given_as, "bf16": bf16}
+    assert_loop(loops.transformers, ours, theirs, tmp_path, tolerance, **options)
 
 
 @pytest.mark.parametrize("section", SECTIONS)
