@@ -17,7 +17,7 @@ import fastadam
 from fastadam.cpu import cache, kernels
 
 ROLES = frozenset(["exp_avg", "exp_avg_sq"])
-PLAIN = {"parallel": False, "roles": ROLES, "zero_grad": False}
+PLAIN = {"parallel": False, "roles": ROLES, "zero_grad": False, "nogil": False}
 STEP = f"""
 import json, os, sys
 import numpy as np, fastadam
@@ -257,21 +257,22 @@ def test_every_kernel_has_a_file_of_its_own(monkeypatch):
     """Dtypes, ways and options: what a kernel closes over is part of its key."""
     monkeypatch.setattr(Dispatcher, "compile", lambda *_: None)  # their keys are there before
     either = (False, True)
+    ways = [{"parallel": False, "nogil": nogil} for nogil in either] + [{"parallel": True}]
     optional = [(), ("ema",), ("max_exp_avg_sq",), ("ema", "max_exp_avg_sq")]
     variants = [
         kernels.update_kernel.__wrapped__(
-            np.dtype(dtype), parallel=parallel, roles=ROLES.union(more), zero_grad=zero_grad
+            np.dtype(dtype), roles=ROLES.union(more), zero_grad=zero_grad, **way
         )
-        for dtype, parallel, more, zero_grad in product(("f4", "f8"), either, optional, either)
+        for dtype, way, more, zero_grad in product(("f4", "f8"), ways, optional, either)
     ]
     variants += [
-        kernels.sum_kernel.__wrapped__(np.dtype(dtype), parallel=parallel)
-        for dtype, parallel in product(("f4", "f8"), either)
+        kernels.sum_kernel.__wrapped__(np.dtype(dtype), **way)
+        for dtype, way in product(("f4", "f8"), ways)
     ]
     variants.append(kernels.look_kernel.__wrapped__())
     signature = (types.int64, types.int64)
     paths = [kernel._cache._path(signature, kernel.targetctx.codegen()) for kernel in variants]
-    assert len(set(paths)) == len(variants) == 37
+    assert len(set(paths)) == len(variants) == 55
 
 
 VARIANTS = """
@@ -288,7 +289,8 @@ for dtype, ema, zero in cases:
     values += [round(float(param[0]), 6), float(grad[0])]
     values += [] if ema is None else [round(float(opt.ema_params[0]), 6)]
     roles = frozenset(["exp_avg", "exp_avg_sq"] + ["ema"] * (ema is not None))
-    kernel = kernels.update_kernel(param.dtype, parallel=False, roles=roles, zero_grad=zero)
+    options = {"parallel": False, "roles": roles, "zero_grad": zero, "nogil": False}
+    kernel = kernels.update_kernel(param.dtype, **options)
     hits += sum(kernel.stats.cache_hits.values())
     misses += sum(kernel.stats.cache_misses.values())
 print(json.dumps([hits, misses, values]))
