@@ -45,14 +45,22 @@ MOST_STEPS = 2**62
 
 
 def find(given: Any, known_at: Any) -> Any:
-    """Return a number made of where some parameters lie, 0 if one of those is of no known kind.
+    """Return a number made of where some arrays lie, 0 if one of those is of no known kind.
 
-    ``given`` is the ``id()`` of a `Given`, ``known_at`` the address of `tensors.known`.
+    Those are parameters, and the first of the state: several optimizers may have the same
+    parameters. ``given`` is the ``id()`` of a `Given`, ``known_at`` the address of
+    `tensors.known`.
     """
     params = peek(given + ITEMS, _INT64)
     key = count = peek(params + LENGTH, _INT64)
     for t in range(0, count, count // 8 + 1):
         mark = mark_of(peek(params + ITEMS + 8 * t, _INT64), known_at)
+        if mark < 0:
+            return 0
+        key = key * 1_000_003 + mark
+    state = peek(given + ITEMS + 8 * layout.EXP_AVG, _INT64)
+    if count > 0 and peek(state + LENGTH, _INT64) > 0:
+        mark = mark_of(peek(state + ITEMS, _INT64), known_at)
         if mark < 0:
             return 0
         key = key * 1_000_003 + mark
@@ -175,10 +183,10 @@ def find_tables(given: Given) -> int:
         if key == 0 and meet_torch():
             key = find(id(given), known_at)
         return key  # type: ignore[no-any-return]
-    params = given[layout.PARAM]
-    if any(type(param) is not np.ndarray for param in params):
+    arrays = *given[layout.PARAM], *given[layout.EXP_AVG][:1]
+    if any(type(array) is not np.ndarray for array in arrays):
         return 0
-    return hash(tuple(map(_place, params)))
+    return hash(tuple(map(_place, arrays)))
 
 
 def _place(array: Any) -> int:

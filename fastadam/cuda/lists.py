@@ -25,8 +25,9 @@ _KEPT = [column for column in layout.ADDRESSES if column != layout.GRAD]
 
 
 def find_tables(given: Given) -> int:
-    """Return a number made of where the parameters lie."""
-    return hash(tuple(map(_place, given[layout.PARAM])))
+    """Return a number made of where the parameters lie, and the first of the state."""
+    arrays = *given[layout.PARAM], *given[layout.EXP_AVG][:1]
+    return hash(tuple(map(_place, arrays)))
 
 
 def take_lists(given: Given) -> Given:

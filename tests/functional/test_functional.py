@@ -963,3 +963,20 @@ def test_axes_in_any_order(monkeypatch, rng, compiled):
     gaps = np.zeros((4, 3, 6, 2))[:, :, ::2].transpose(3, 0, 1, 2)
     with pytest.raises(ValueError, match=r"params\[0\] must be contiguous, got strides"):
         Engine([gaps]).step([np.zeros_like(gaps)])
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["compiled", "python"])
+def test_two_states_of_the_same_parameters_are_remembered_apart(monkeypatch, known):
+    """As of two optimizers that step in turn."""
+    if not known:
+        monkeypatch.setattr(lists, "look_kernel", lambda: None)
+        monkeypatch.setattr(lists, "find_kernel", lambda: None)
+    first, grads = engine(2)
+    second = Engine(first.params)
+    for kept in (first, second, first):
+        kept.step(grads)
+    tables = list(functional._tables.values())
+    assert len(tables) == 2
+    for kept in (second, first):
+        kept.step(grads)
+    assert list(functional._tables.values()) == tables

@@ -647,9 +647,7 @@ def test_hyperparameters_that_are_missing_or_no_numbers(pair):
 
 def test_arrays_of_other_libraries_are_refused_with_a_hint(optional):
     torch = optional("torch")
-    with pytest.raises(
-        TypeError, match=r"got torch.Tensor; fastadam.torch.Adam .*CPUParams"
-    ):
+    with pytest.raises(TypeError, match=r"got torch.Tensor; fastadam.torch.Adam .*CPUParams"):
         fastadam.Adam([torch.zeros(3)])
     tensor = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     fastadam.Adam([tensor.detach().numpy()], lr=0.5).step([np.ones(3)])
