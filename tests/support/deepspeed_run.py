@@ -48,7 +48,8 @@ def picture(engine, torch, full):
     return {"params": params, "state": arrays}
 
 
-def run(rank, folder, deepspeed, torch, adamw, stage, *, half=False):
+def run(rank, folder, adamw, deepspeed, torch, stage, half, torchs=None):
+    """Train; save and load half-way; and load what an engine with torch's class has saved."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     def make():
@@ -71,6 +72,13 @@ def run(rank, folder, deepspeed, torch, adamw, stage, *, half=False):
     train(engine, torch, rank, range(SAVED_AT, STEPS))
     found["resumed"] = picture(engine, torch, safe_get_full_fp32_param)
     engine.destroy()
+
+    if torchs is not None:
+        engine = make()
+        engine.load_checkpoint(str(torchs))
+        train(engine, torch, rank, range(SAVED_AT, STEPS))
+        found["from torch"] = picture(engine, torch, safe_get_full_fp32_param)
+        engine.destroy()
     return found
 
 
@@ -96,13 +104,12 @@ def main(rank, size, folder):
     from fastadam.torch import AdamW
 
     results = {}
-    for name, adamw in (("torch", torch.optim.AdamW), ("fastadam", AdamW)):
-        for stage in STAGES:
-            for half in (False, True):
-                place = folder / f"{name}-{stage}-{half}"
-                results[name, stage, half] = run(
-                    rank, place, deepspeed, torch, adamw, stage, half=half
-                )
+    for stage in STAGES:
+        for half in (False, True):
+            places = [folder / f"{name}-{stage}-{half}" for name in ("torch", "fastadam")]
+            case = deepspeed, torch, stage, half
+            results["torch", stage, half] = run(rank, places[0], torch.optim.AdamW, *case)
+            results["fastadam", stage, half] = run(rank, places[1], AdamW, *case, places[0])
     torch.save(results, folder / f"{rank}.pt")
 
 

@@ -1,12 +1,16 @@
 """Engines that keep optimizers on the CPU, with fastadam's AdamW where torch's would be."""
 
 import copy
+import gc
+import json
+import re
 import subprocess
 import sys
 import threading
 import time
 import tracemalloc
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +30,7 @@ from offload_tools import (  # noqa: E402
 
 from fastadam.torch import AdamW  # noqa: E402
 
+PAGE = Path(__file__).parents[3] / "docs" / "engines_offload.md"
 TORCHS = torch.optim.AdamW
 SHAPES = [(16, 16), (16,), (9, 7), (1,)]
 STEPS, SAVED_AT = 20, 10
@@ -34,6 +39,11 @@ OPTIONS = {"lr": 1e-2, "weight_decay": 0.1}
 
 def groups_of(params):
     return [{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.0}]
+
+
+def block(language):
+    """Return the page's last example in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE.read_text("utf-8"), re.M | re.S)[-1]
 
 
 def assert_close(params, others):
@@ -106,17 +116,29 @@ def deepspeed_found(tmp_path_factory):
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("stage", deepspeed_run.STAGES)
 def test_deepspeed(stage, half, deepspeed_found):
-    """ZeRO-Offload with two ranks, gradients clipped; saved by the engine, and loaded."""
+    """ZeRO-Offload with two ranks, gradients clipped; saved by the engine, and loaded.
+
+    Also what an engine with torch's class has saved.
+    """
     for found in deepspeed_found:
         theirs, ours = found["torch", stage, half], found["fastadam", stage, half]
         straight, resumed = ours["straight"], ours["resumed"]
         assert_close(straight["params"], theirs["straight"]["params"])
+        assert_close(ours["from torch"]["params"], theirs["straight"]["params"])
         assert_same(straight["params"], resumed["params"])
         assert len(straight["state"]) == 2
         for own, loaded in zip(straight["state"], resumed["state"], strict=True):
             assert sorted(own) == ["exp_avg", "exp_avg_sq", "step"]
             assert own["step"] == STEPS
             assert_same(own.values(), loaded.values())
+
+
+def test_deepspeed_as_the_page_says():
+    """The settings that the test runs with are those that a user copies."""
+    said = json.loads(block("json"))
+    for name in ("zero_force_ds_cpu_optimizer", "zero_allow_untested_optimizer"):
+        assert said[name] is deepspeed_run.CONFIG[name]
+    assert said["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
 
 
 @pytest.mark.parametrize("engine", [Zero12, Zero3, Zero3OnDisk])
@@ -167,7 +189,8 @@ def test_megatron(half, overlap, monkeypatch):
             cpu_optimizer_cls=adamw,
             param_update_in_fp32=half,
             overlap_cpu_optimizer_d2h_h2d=overlap,
-            fused=True,
+            fused=True,  # as Megatron gives it, and
+            bias_correction=True,
             **OPTIONS,
         )
         assert len(opt.cpu_optimizers) == (len(SHAPES) if overlap else 1)
@@ -229,6 +252,13 @@ def test_in_backward():
     assert_same(params, alone)
 
 
+def test_in_backward_as_the_page_says():
+    torch.manual_seed(0)
+    names = {}
+    exec(block("python"), names)
+    assert names["loss"].item() < 0.5
+
+
 def test_in_backward_in_threads():
     """Models trained at once in threads of their own, which step within `backward`."""
     models = [new_params(MANY) for _ in range(3)]
@@ -259,14 +289,18 @@ def test_hundreds_of_optimizers_keep_nothing_of_the_gradients():
         # Torch gives memory again that is free: the gradients of three steps are not.
         held[:] = [*held[-600:], *(param.grad for param in params)]
 
+    def traced():
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
     tracemalloc.start()
     try:
         for _ in range(4):
             step()
-        before = tracemalloc.get_traced_memory()[0]
+        before = traced()
         for _ in range(6):
             step()
         # An object of 50 bytes for each step of each optimizer would be 90,000.
-        assert tracemalloc.get_traced_memory()[0] - before < 45_000
+        assert traced() - before < 45_000
     finally:
         tracemalloc.stop()
