@@ -64,14 +64,14 @@ def split(lists: Lists, groups: Sequence[Group], states: Sequence[State]) -> lis
     Raises
     ------
     RuntimeError
-        For a sparse gradient.
+        For a sparse gradient, or a distributed parameter with state that is placed otherwise.
     """
     parts: dict[tuple[torch.device, bool], Part] = {}
     for i, (param, grad, own) in enumerate(zip(lists.params, lists.grads, states, strict=True)):
         if grad is not None and grad.layout != torch.strided:
             raise RuntimeError(_SPARSE)
         whole = [param, grad, *(_in_order(own, name, param) for name in lists.arrays)]
-        row: Sequence[Any] = _local(whole) if hasattr(param, "to_local") else whole
+        row: Sequence[Any] = _local(whole, lists.arrays) if hasattr(param, "to_local") else whole
         if param.is_complex():
             row = [None if t is None else torch.view_as_real(t) for t in row]
         group, step = groups[lists.groups[i]], lists.steps[i]
@@ -113,14 +113,21 @@ def _in_order(own: State, name: str, param: Tensor) -> Tensor:
     return array
 
 
-def _local(row: Sequence[Any]) -> list[Any]:
+def _local(row: Sequence[Any], kept: Iterable[str]) -> list[Any]:
     """Return the local parts of distributed tensors, all placed as the parameter is."""
     placements = row[0].placements
     local = []
-    for tensor in row:
+    for name, tensor in zip(("param", "grad", *kept), row, strict=True):
         part = tensor
         if tensor is not None:
-            if tensor.placements != placements:
+            found = getattr(tensor, "placements", None)
+            if found != placements and name != "grad":  # an update of a copy would be lost
+                raise RuntimeError(
+                    f"{name} of a distributed parameter must be a DTensor with the parameter's"
+                    f" placements, {placements}, got {found or type(tensor).__name__}; load state"
+                    " with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+                )
+            if found != placements:
                 part = tensor.redistribute(placements=placements)
             part = part.to_local()
             if hasattr(part, "wait"):  # it may still be on its way
