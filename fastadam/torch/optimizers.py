@@ -11,7 +11,7 @@ from ..params.types import Nonfinite
 from ..state import roles
 from ..update.result import StepResult
 from .collect import Lists, Tensor, collect, options_of
-from .parts import USUAL, check, limit, one_call, split, step_by_torch
+from .parts import USUAL, check, is_flat_shard, limit, one_call, split, step_by_torch
 
 _ARGUMENTS = {role.name: role.argument for role in roles.ROLES}
 _EXTRAS = ("_max_grad_norm", "_nonfinite", "_ema_decay", "_num_threads")
@@ -40,6 +40,26 @@ class _Optimizer(torch.optim.Optimizer):
         self._ema_decay = hyperparameters.check_ema_decay(ema_decay)
         self._num_threads = hyperparameters.check_num_threads(num_threads)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, as torch's optimizers do."""
+        super().add_param_group(param_group)
+        try:
+            self._check_whole(self._max_grad_norm, self._nonfinite)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _check_whole(self, max_grad_norm: float | None, nonfinite: Nonfinite) -> None:
+        """Refuse what needs gradients of whole parameters where each rank has its own part."""
+        if max_grad_norm is None and nonfinite == "propagate":
+            return
+        if any(map(is_flat_shard, (p for g in self.param_groups for p in g["params"]))):
+            raise ValueError(
+                "max_grad_norm and nonfinite need gradients of whole parameters, and each rank of"
+                " FullyShardedDataParallel has a part for itself: call model.clip_grad_norm_()"
+                " in place of max_grad_norm, or use fully_shard"
+            )
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: getattr(self, name) for name in _EXTRAS}}
 
@@ -55,7 +75,9 @@ class _Optimizer(torch.optim.Optimizer):
 
     @max_grad_norm.setter
     def max_grad_norm(self, max_grad_norm: float | None) -> None:
-        self._max_grad_norm = hyperparameters.check_max_grad_norm(max_grad_norm)
+        max_grad_norm = hyperparameters.check_max_grad_norm(max_grad_norm)
+        self._check_whole(max_grad_norm, "propagate")
+        self._max_grad_norm = max_grad_norm
 
     @property
     def nonfinite(self) -> Nonfinite:
@@ -64,7 +86,9 @@ class _Optimizer(torch.optim.Optimizer):
 
     @nonfinite.setter
     def nonfinite(self, nonfinite: Nonfinite) -> None:
-        self._nonfinite = hyperparameters.check_nonfinite(nonfinite)
+        nonfinite = hyperparameters.check_nonfinite(nonfinite)
+        self._check_whole(None, nonfinite)
+        self._nonfinite = nonfinite
 
     @property
     def ema_decay(self) -> float | None:

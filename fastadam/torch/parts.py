@@ -136,6 +136,11 @@ def _local(row: Sequence[Any], kept: Iterable[str]) -> list[Any]:
     return local
 
 
+def is_flat_shard(param: Tensor) -> bool:
+    """Whether a parameter is what torch's FullyShardedDataParallel has made of several."""
+    return bool(getattr(param, "_fsdp_flattened", False))
+
+
 def _in_c_order(row: Sequence[Any]) -> Sequence[Any]:
     """Return views on a device in C order: its kernels take no other order of the axes."""
     param = row[0]

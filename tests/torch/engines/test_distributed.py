@@ -8,7 +8,7 @@ import pytest
 import ranks
 
 HERE = Path(__file__).parent
-FILES = [HERE / "dtensor_cases.py"]
+FILES = [HERE / "data_parallel_cases.py", HERE / "dtensor_cases.py"]
 CASES = [
     (name, int(size))
     for file in FILES
