@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from fastadam.bench.arrays import Arrays
 
 __all__ = ["GRAD_SCALE", "HYPERPARAMETERS", "TAIL", "TRAFFIC", "Clipped", "Contender"]
-__all__ += ["DeviceCopy", "DividerPass", "FastAdam", "FastAdamGrads", "MemoryPass"]
+__all__ += ["DeviceCopy", "DividerPass", "FastAdam", "FastAdamGrads", "MemoryPass", "OneByOne"]
+__all__ += ["numba_threads"]
 
 HYPERPARAMETERS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8}
 # What the tail of a training step adds; the gradients are set to 0 as well.
@@ -105,6 +106,46 @@ class Contender:
         return None
 
 
+class OneByOne(Contender):
+    """An optimizer for each parameter, of which a step calls one after the other.
+
+    Engines do that: optimizers in backward, torchao's ``CPUOffloadOptimizer``,
+    Megatron-LM's ``HybridDeviceOptimizer``.
+    """
+
+    def __init__(self, make: type[Contender], *arguments: Any) -> None:
+        self._make = make
+        super().__init__(*arguments)
+
+    def setup(self, params: Sequence[NDArray[Any]], grads: Sequence[NDArray[Any]]) -> None:
+        """Make a contender of each parameter."""
+        pairs = zip(params, grads, strict=True)
+        self.each = [self._make([p], [g], self.tail, self.device) for p, g in pairs]
+        self.arrays, self.clears_grads = self.each[0].arrays, self.each[0].clears_grads
+        self.filled = [pair for one in self.each for pair in one.filled]
+        self._steps = [one.step for one in self.each]
+
+    def step(self) -> None:
+        """Take a step of each."""
+        for step in self._steps:
+            step()
+
+    def wait(self) -> None:
+        """Return once the steps are done."""
+        super().wait()  # for the whole device; on the CPU some have to be asked
+        if self.device == "cpu":
+            for one in self.each:
+                one.wait()
+
+    def values(self) -> list[NDArray[Any]]:
+        """Return the parameters as they are now."""
+        return [value for one in self.each for value in one.values()]
+
+    def cpu_threads(self) -> int | None:
+        """Return the number of one."""
+        return self.each[0].cpu_threads()
+
+
 class FastAdam(Contender):
     """``opt.step(grads)``, with the same arrays at each step."""
 
@@ -134,8 +175,13 @@ class FastAdam(Contender):
 
     def cpu_threads(self) -> int | None:
         """Return Numba's number."""
-        threads: int = import_module("numba").get_num_threads()
-        return threads
+        return numba_threads()
+
+
+def numba_threads() -> int:
+    """Return on how many threads a large step of fastadam may run."""
+    threads: int = import_module("numba").get_num_threads()
+    return threads
 
 
 class Clipped(FastAdam):

@@ -1,4 +1,4 @@
-"""Steps beside busy processes: fastadam, fastadam in one thread, and torch in turn.
+"""Steps beside busy processes: fastadam, in one thread too, and optimizers of torch in turn.
 
 Each contender has a process of its own, since Numba's number of threads is one
 for a process. They take turns in short slices, all beside the same spinning
@@ -25,15 +25,15 @@ from fastadam.machine import OtherProcesses
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-__all__ = ["CONTENDERS", "SIZES", "WORK", "Ratio", "Row", "Spinners", "UnderLoad"]
-__all__ += ["expected_cpus", "geometric_mean", "measure", "ratio_of_means", "rows"]
+__all__ = ["CONTENDERS", "RATIOS", "SIZES", "TORCHS", "WORK", "Ratio", "Row", "Spinners"]
+__all__ += ["UnderLoad", "expected_cpus", "geometric_mean", "measure", "ratio_of_means", "rows"]
 
-CONTENDERS = {
-    "fastadam": "fastadam",
-    "fastadam-1": "fastadam, one thread",
-    "torch-fused": "torch fused",
-}
 OURS = ("fastadam", "fastadam-1")
+# On torch's tensors, where torch is installed.
+TORCHS = ("fastadam-torch", "torch-fused")
+CONTENDERS = (*OURS, *TORCHS)
+# Whose mean times are divided by whose.
+RATIOS = (OURS, TORCHS[::-1])
 SIZES = (100_000, 270_000, 1_000_000, 4_000_000)
 # Seconds of other work between two steps: none, and what a small model's forward and backward
 # pass would take.
@@ -83,9 +83,10 @@ class UnderLoad:
         """Return the time of each step, of all slices."""
         return list(itertools.chain(*self.times[row, contender]))
 
-    def ratio(self, row: Row) -> Ratio:
-        """Return fastadam's mean time over that in one thread."""
-        return ratio_of_means(*(self.times[row, name] for name in OURS))
+    def ratio(self, row: Row, pair: tuple[str, str] = OURS) -> Ratio | None:
+        """Return the mean time of the first over that of the second, None without both."""
+        both = [self.times[row, name] for name in pair if (row, name) in self.times]
+        return ratio_of_means(*both) if len(both) == 2 else None
 
 
 class Spinners:
@@ -178,7 +179,7 @@ def measure(
     *,
     sizes: Sequence[int] = SIZES,
     dtype: str = "float32",
-    with_torch: bool = True,
+    beside: Sequence[str] = TORCHS,
     passes: int = PASSES,
     rounds: int = ROUNDS,
     steps: int = STEPS,
@@ -187,10 +188,10 @@ def measure(
 ) -> UnderLoad:
     """Measure steps beside spinning processes, which have ended when this returns.
 
-    torch's fused Adam takes part if it is installed, unless `with_torch` is
-    False. All rows are measured in `passes`, every other time in reverse order; in
-    each, every contender has `rounds` slices of `steps` or more, for `seconds` or
-    longer. `on_turn` is told of each slice: those done, all, and whose it is.
+    Those of `beside`, of `TORCHS`, take part if torch is installed. All rows are
+    measured in `passes`, every other time in reverse order; in each, every
+    contender has `rounds` slices of `steps` or more, for `seconds` or longer.
+    `on_turn` is told of each slice: those done, all, and whose it is.
 
     Raises
     ------
@@ -199,12 +200,12 @@ def measure(
     """
     found = UnderLoad()
     names = list(OURS)
-    if with_torch:
-        reason = peers.by_name("torch-fused").why_not(dtype, False)
+    for name in beside:
+        reason = peers.by_name(name).why_not(dtype, False)
         if reason is None:
-            names.append("torch-fused")
+            names.append(name)
         else:
-            found.missing.append(Missing("torch-fused", None, reason))
+            found.missing.append(Missing(name, None, reason))
     every = rows(sizes)
     total = passes * rounds * sum(len(_taking_part(names, row)) for row in every)
     done = 0
@@ -239,8 +240,8 @@ def _taking_part(names: Iterable[str], row: Row) -> list[str]:
 
 
 def _child(name: str) -> Child:
-    command = [*WORKER, "load", "fastadam" if name in OURS else name]
-    return Child(command, {"NUMBA_NUM_THREADS": "1"} if name == "fastadam-1" else None)
+    alone = {"NUMBA_NUM_THREADS": "1"} if name == peers.ONE_THREAD.name else None
+    return Child([*WORKER, "load", name], alone)
 
 
 def _first_steps(

@@ -7,6 +7,7 @@ What it needs is imported when a contender is made.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,14 +15,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from fastadam.bench import arrays, contenders
-from fastadam.bench.contenders import HYPERPARAMETERS, TAIL, Contender
+from fastadam.bench.contenders import HYPERPARAMETERS, TAIL, Contender, OneByOne
+from fastadam.bench.workloads import ONE_BY_ONE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-__all__ = ["FASTADAM", "OWN", "PEERS", "ROOFLINES", "Peer", "by_name"]
+__all__ = ["FASTADAM", "ONE_THREAD", "OWN", "PEERS", "ROOFLINES", "Peer", "by_name"]
 
 LR, (BETA1, BETA2), EPS = (HYPERPARAMETERS[key] for key in ("lr", "betas", "eps"))
 
@@ -79,6 +81,26 @@ class TorchForeach(Torch):
     kernel: ClassVar[dict[str, bool]] = {"foreach": True}
 
 
+class FastAdamTorch(Torch):
+    """``fastadam.torch.Adam``, and ``AdamW``, which clips and averages as it updates."""
+
+    def make_optimizer(self, params: list[Any]) -> Any:
+        """Make the optimizer."""
+        from fastadam.torch import Adam, AdamW
+
+        if self.tail:
+            return AdamW(params, **HYPERPARAMETERS, **TAIL)
+        return Adam(params, **HYPERPARAMETERS)
+
+    def _tail(self) -> None:
+        self.opt.step()
+        self.opt.zero_grad(set_to_none=False)
+
+    def cpu_threads(self) -> int | None:
+        """Return Numba's number."""
+        return contenders.numba_threads()
+
+
 class DeepSpeed(Torch):
     """``DeepSpeedCPUAdam``, which compiles its extension when first used."""
 
@@ -98,7 +120,7 @@ class Optax(Contender):
 
     def setup(self, params: Sequence[NDArray[Any]], grads: Sequence[NDArray[Any]]) -> None:
         """Put the arrays on the device; compile at the first step."""
-        self.jax, optax = import_module("jax"), import_module("optax")
+        self.jax = import_module("jax")
         self.arrays, self.clears_grads = arrays.NumpyArrays(), False
 
         def own(given: Sequence[NDArray[Any]]) -> list[Any]:
@@ -107,8 +129,15 @@ class Optax(Contender):
 
         self.params, self.grads = own(params), own(grads)
         averages = own(params) if self.tail else []
+        init, self._update = self._functions(self.tail)
+        self._kept = (self.params, init(self.params), averages)
+
+    @staticmethod
+    @cache  # so that optimizers of the same shapes compile once
+    def _functions(tail: bool) -> tuple[Any, Any]:
+        jax, optax = import_module("jax"), import_module("optax")
         transform = optax.adam(LR, BETA1, BETA2, EPS)
-        if self.tail:
+        if tail:
             transform = optax.chain(
                 optax.clip_by_global_norm(TAIL["max_grad_norm"]),
                 optax.adamw(LR, BETA1, BETA2, EPS, weight_decay=TAIL["weight_decay"]),
@@ -117,12 +146,11 @@ class Optax(Contender):
         def update(params: Any, state: Any, averages: Any, grads: Any) -> Any:
             updates, state = transform.update(grads, state, params)
             params = optax.apply_updates(params, updates)
-            if self.tail:
+            if tail:
                 averages = optax.incremental_update(params, averages, 1 - TAIL["ema_decay"])
             return params, state, averages
 
-        self._update = self.jax.jit(update, donate_argnums=(0, 1, 2))
-        self._kept = (self.params, transform.init(self.params), averages)
+        return transform.init, jax.jit(update, donate_argnums=(0, 1, 2))
 
     def step(self) -> None:
         """Take one step."""
@@ -274,6 +302,15 @@ class Peer:
     install: str = ""  # for pip, if it has another name
     versions: tuple[str, ...] = ()  # distributions whose versions matter
     dtypes: tuple[str, ...] = ("float32", "float64")
+    slow_to_make: bool = False  # so that it is not measured with an optimizer for each parameter
+
+    def contender(self, workload: object, *arguments: Any) -> Contender:
+        """Make it for a workload of a name, or any other; `arguments` are those of `Contender`."""
+        if workload not in ONE_BY_ONE:
+            return self.make(*arguments)
+        if self.slow_to_make:
+            raise NotImplementedError("to make an optimizer takes it a second")
+        return OneByOne(self.make, *arguments)
 
     @property
     def installed(self) -> bool:
@@ -309,8 +346,13 @@ PEERS = (
         arrays=5, tail_arrays=6, package="torch", versions=("torch",),
     ),
     Peer(
+        "fastadam-torch", "fastadam.torch", FastAdamTorch, ("fastadam.", "torch"), "#882255", BOTH,
+        package="torch", versions=("torch",),
+    ),
+    Peer(
         "deepspeed", "DeepSpeed CPUAdam", DeepSpeed, ("", "DeepSpeed"), "#0072b2",
         package="deepspeed", versions=("deepspeed", "torch"), dtypes=FLOAT32,
+        slow_to_make=True,  # it runs programs to find out about the processor
         install="torch deepspeed ninja (it compiles: g++ must be on PATH)",
     ),
     Peer(
@@ -352,6 +394,10 @@ OWN = (
     ),
 )  # fmt: skip
 ROOFLINES = ("roofline", "divider")
+# Beside busy processes: in a process that is told to use one thread.
+ONE_THREAD = Peer(
+    "fastadam-1", "fastadam, one thread", contenders.FastAdam, ("fastadam", "1 thread")
+)
 
 
 def by_name(name: str, device: str = "cpu") -> Peer:
@@ -366,7 +412,7 @@ def by_name(name: str, device: str = "cpu") -> Peer:
     >>> by_name("torch-fused").title
     'torch fused'
     """
-    named = [peer for peer in (FASTADAM, *PEERS, *OWN) if peer.name == name]
+    named = [peer for peer in (FASTADAM, *PEERS, *OWN, ONE_THREAD) if peer.name == name]
     for peer in sorted(named, key=lambda peer: device not in peer.devices):
         return peer
     raise KeyError(name)

@@ -245,14 +245,17 @@ def load_to_dict(found: UnderLoad, settings: Mapping[str, Any]) -> dict[str, Any
     processes. docs/api/command_line.md says what the keys hold.
     """
     names = [name for name in load.CONTENDERS if name in found.threads]
-    packages = ["torch"] if "torch-fused" in names else []
+    packages = [version for name in names for version in peers.by_name(name).versions]
     packages += ["tbb"] if found.layer == "tbb" else []
     results, ratios = [], []
-    groups: dict[tuple[float, bool], list[Ratio]] = {}
+    groups: dict[tuple[float, bool, tuple[str, str]], list[Ratio]] = {}
     for row, cpus in found.load.items():
         place = {"elements": row.size, "work_seconds": row.work, "clipped": row.clipped}
-        ratios.append(place | _ratio(found.ratio(row)))
-        groups.setdefault((row.work, row.clipped), []).append(found.ratio(row))
+        for pair in load.RATIOS:
+            one = found.ratio(row, pair)
+            if one is not None:
+                ratios.append(place | _ratio(one, pair))
+                groups.setdefault((row.work, row.clipped, pair), []).append(one)
         for name in names:
             if (row, name) in found.times:
                 times = found.nanoseconds(row, name)
@@ -279,11 +282,12 @@ def load_to_dict(found: UnderLoad, settings: Mapping[str, Any]) -> dict[str, Any
         "results": results,
         "ratios": ratios,
         "geometric_means": [
-            {"work_seconds": work, "clipped": clipped, **_ratio(load.geometric_mean(own))}
-            for (work, clipped), own in groups.items()
+            {"work_seconds": work, "clipped": clipped, **_ratio(load.geometric_mean(own), pair)}
+            for (work, clipped, pair), own in groups.items()
         ],
     }
 
 
-def _ratio(one: Ratio) -> dict[str, Any]:
-    return {"ratio": one.value, "standard_error": one.error, "noisy": one.noisy}
+def _ratio(one: Ratio, pair: tuple[str, str]) -> dict[str, Any]:
+    values = {"ratio": one.value, "standard_error": one.error, "noisy": one.noisy}
+    return {"contender": pair[0], "over": pair[1], **values}

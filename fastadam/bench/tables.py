@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from fastadam.bench import load, measure, peers
+from fastadam.bench import measure, peers
 from fastadam.bench.report import fastadam_seconds, not_measured, step_bytes
 from fastadam.bench.text import (
     Column,
@@ -191,7 +191,7 @@ def _show_conditions(report: Mapping[str, Any]) -> None:
     by_number: dict[int, list[str]] = {}
     for name, threads in report["threads"].items():
         if threads is not None:
-            title = load.CONTENDERS.get(name) or peers.by_name(name).title
+            title = peers.by_name(name).title
             by_number.setdefault(threads, []).append(title)
     text = "; ".join(f"{number} ({', '.join(titles)})" for number, titles in by_number.items())
     layer = f"; threading layer {report['layer']}" if report.get("layer") else ""
@@ -251,15 +251,17 @@ def show_load(report: Mapping[str, Any]) -> None:
     console = _console()
     say(
         f"\nMicroseconds of a step ({report['settings']['dtype']}) beside "
-        f"{busy_processes(report['settings']['load'])}; then the mean of "
-        "fastadam over the mean of fastadam in one thread, and its standard error.\n"
+        f"{busy_processes(report['settings']['load'])}; then mean / mean, and its standard "
+        "error. fastadam-1 is fastadam in one thread.\n"
     )
+    totals: dict[tuple[float, bool], list[Any]] = {}
     for total in report["geometric_means"]:
-        kind = "clipped steps" if total["clipped"] else "steps"
-        work = total["work_seconds"]
+        totals.setdefault((total["work_seconds"], total["clipped"]), []).append(total)
+    for (work, clipped), own in totals.items():
+        kind = "clipped steps" if clipped else "steps"
         where = f"with {work * 1e3:g} ms of other work between them" if work else "in a bare loop"
         say(f"{kind}, {where}".capitalize())
-        columns = _load_columns(report, total, console.options.ascii_only)
+        columns = _load_columns(report, own, console.options.ascii_only)
         for part in split(columns[:1], columns[1:], console.width):
             print_columns(console, part)
     _show_conditions(report)
@@ -267,32 +269,33 @@ def show_load(report: Mapping[str, Any]) -> None:
 
 
 def _load_columns(
-    report: Mapping[str, Any], total: Mapping[str, Any], ascii_only: bool
+    report: Mapping[str, Any], totals: Sequence[Mapping[str, Any]], ascii_only: bool
 ) -> list[Column]:
-    ratios, results = (
-        [
-            one
-            for one in report[key]
-            if all(one[k] == total[k] for k in ("work_seconds", "clipped"))
-        ]
-        for key in ("ratios", "results")
-    )
-    columns = [column(("", "elements"), [*(f"{one['elements']:,}" for one in ratios), "all"])]
-    heads = {"fastadam": "fastadam", "fastadam-1": "1 thread", "torch-fused": "torch"}
-    for name, head in heads.items():
-        own = [one for one in results if one["contender"] == name]
-        for key, first in (("mean", head), ("median", "")) if own else ():
+    def like(key: str, total: Mapping[str, Any], *keys: str) -> list[Any]:
+        return [one for one in report[key] if all(one[k] == total[k] for k in keys)]
+
+    place = ("work_seconds", "clipped")
+    times: dict[str, list[Any]] = {}
+    for one in like("results", totals[0], *place):
+        times.setdefault(one["contender"], []).append(one)
+    sizes = [f"{one['elements']:,}" for one in next(iter(times.values()))]
+    columns = [column(("", "elements"), [*sizes, "all"])]
+    for name, own in times.items():
+        for key, first in (("mean", name), ("median", "")):
             cells = [f"{one[f'{key}_seconds'] * 1e6:,.0f}" for one in own]
             columns.append(column((first, key), [*cells, ""]))
     plus_minus = "+-" if ascii_only else "\N{PLUS-MINUS SIGN}"
-    texts = [
-        f"{format_ratio(one['ratio'])} {plus_minus} {format_ratio(one['standard_error'])}"
-        + (" noisy" if one["noisy"] else "")
-        for one in (*ratios, total)
-    ]
-    # All as long as the longest, so that numbers stand below one another.
-    length = max(map(len, texts))
-    return [*columns, column(("", "ratio"), [f"{text:<{length}}" for text in texts])]
+    for total in totals:
+        texts = [
+            f"{format_ratio(one['ratio'])} {plus_minus} {format_ratio(one['standard_error'])}"
+            + (" noisy" if one["noisy"] else "")
+            for one in (*like("ratios", total, *place, "contender", "over"), total)
+        ]
+        # All as long as the longest, so that numbers stand below one another.
+        length = max(map(len, texts))
+        head = (f"{total['contender']} /", total["over"])
+        columns.append(column(head, [f"{text:<{length}}" for text in texts]))
+    return columns
 
 
 def _show_load_noise(report: Mapping[str, Any]) -> None:

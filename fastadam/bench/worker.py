@@ -51,7 +51,7 @@ import numpy as np
 from fastadam import machine
 from fastadam.bench import arrays, contenders, peers
 from fastadam.bench.measure import BURST, CUDA_BURST, compare, host_costs, step_times
-from fastadam.bench.workloads import count, draw
+from fastadam.bench.workloads import ONE_BY_ONE, count, draw
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -137,8 +137,9 @@ def _compare(
 ) -> None:
     on_cuda = spec["device"] == "cuda"
     params, grads = draw([tuple(shape) for shape in shapes], spec["dtype"])
-    both = [peer.make(params, grads, spec["tail"], spec["device"]) for peer in pair]
-    del params
+    given = (params, grads, spec["tail"], spec["device"])
+    both = [peer.contender(name, *given) for peer in pair]
+    del params, given
     refill = any(contender.clears_grads for contender in both)
     with machine.OtherProcesses() as others:
         found = compare(
@@ -149,7 +150,8 @@ def _compare(
             on_round=lambda done, rounds: emit("round", workload=name, done=done, rounds=rounds),
         )
     # On a device, threads of others do not take part in a step.
-    needed = 0 if on_cuda else _threads_needed(count(shapes), [c.threads() for c in both])
+    elements = count(shapes[:1] if name in ONE_BY_ONE else shapes)
+    needed = 0 if on_cuda else _threads_needed(elements, [c.threads() for c in both])
     crowded = others.cpus is not None and machine.too_busy(others.cpus, needed)
     host: dict[str, Any] = {}
     if on_cuda and not refill:

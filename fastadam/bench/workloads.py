@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["DEFAULTS", "WORKLOADS", "Defaults", "Shape", "count", "draw"]
+__all__ = ["DEFAULTS", "ONE_BY_ONE", "WORKLOADS", "Defaults", "Shape", "count", "draw"]
 
 Shape = tuple[int, ...]
 
@@ -55,7 +55,11 @@ WORKLOADS: dict[str, list[Shape]] = {
     "67M": [(4_096, 4_096) for _ in range(4)],
     # GPT-2 small: 148 tensors, 124,439,808 elements.
     "gpt2": _gpt2(),
+    # 500 optimizers of one tensor of 1,024 elements, stepped one after the other.
+    "one-by-one": [(1_024,) for _ in range(500)],
 }
+# Those of which every tensor has an optimizer of its own.
+ONE_BY_ONE = ("one-by-one",)
 
 
 class Defaults(NamedTuple):
@@ -76,7 +80,7 @@ class Defaults(NamedTuple):
 
 DEFAULTS = {
     "cpu": Defaults(
-        step=("micro", "mlp", "many", "20M", "gpt2"),
+        step=("micro", "mlp", "many", "20M", "gpt2", "one-by-one"),
         tail=("micro", "mlp", "many", "20M", "67M", "gpt2"),
         quick=("micro", "mlp", "many"),
         sizes=tuple(10**k for k in range(3, 9)),
@@ -84,7 +88,7 @@ DEFAULTS = {
     ),
     # Launches are what counts for the many, memory for the others.
     "cuda": Defaults(
-        step=("many", "gpt2"),
+        step=("many", "gpt2", "one-by-one"),
         tail=("many", "gpt2"),
         quick=("many",),
         sizes=tuple(10**k for k in range(6, 10)),

@@ -96,8 +96,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole_number(0),
         metavar="N",
         help="measure beside N busy processes, or none with 0: the mean of a step in several "
-        "threads, in one, and of torch's fused Adam if it is installed; goes with --sizes, "
-        "--peer, --dtype and --json",
+        "threads, in one, and if torch is installed of fastadam.torch and torch's fused Adam; "
+        "goes with --sizes, --peer, --dtype and --json",
     )
     add(
         "--dtype",
@@ -370,7 +370,7 @@ def _check_load(args: argparse.Namespace) -> None:
     for option, value in given.items():
         if value:
             raise CommandError(f"--load must not be given with {option}")
-    others = [name for name in args.peer or () if name not in ("torch-fused", "none")]
+    others = [name for name in args.peer or () if name not in (*load.TORCHS, "none")]
     if others:
         raise CommandError(f"--load must not be given with --peer {others[0]}")
 
@@ -381,13 +381,13 @@ def _measure_load(args: argparse.Namespace) -> UnderLoad:
         task = bar.add_task("bench", total=None, status="starting")
 
         def on_turn(done: int, total: int, row: Row, contender: str) -> None:
-            status = f"{row.size:,} elements: {load.CONTENDERS[contender]}"
+            status = f"{row.size:,} elements: {peers.by_name(contender).title}"
             bar.update(task, completed=done, total=total, status=status, refresh=True)
 
         return load.measure(
             args.load,
             sizes=args.sizes or load.SIZES,
             dtype=args.dtype,
-            with_torch=args.peer is None or "torch-fused" in args.peer,
+            beside=[n for n in load.TORCHS if args.peer is None or n in args.peer],
             on_turn=on_turn,
         )

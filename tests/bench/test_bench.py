@@ -63,6 +63,7 @@ def test_workloads():
         "20M": (168, 20_206_848),
         "67M": (4, 67_108_864),
         "gpt2": (148, 124_439_808),
+        "one-by-one": (500, 512_000),
     }
     assert {*CPU.step, *CPU.tail, *CPU.quick} == w.WORKLOADS.keys()
     assert CPU.sizes == (1_000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
@@ -104,7 +105,9 @@ def taken(peer, dtype, tail):
 
 @pytest.mark.parametrize("tail", [False, True], ids=["step", "tail"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("name", ["opt-grads", "torch-fused", "torch-foreach", "optax"])
+@pytest.mark.parametrize(
+    "name", ["opt-grads", "torch-fused", "torch-foreach", "fastadam-torch", "optax"]
+)
 def test_the_same_update(optional, name, dtype, tail):
     """DeepSpeed is left out, which would compile for a minute."""
     x64 = contextlib.nullcontext()
@@ -132,7 +135,9 @@ def check_same_update(optional, name, dtype, tail):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", ["fastadam", "opt-grads", "roofline", "divider", "torch-fused"])
+@pytest.mark.parametrize(
+    "name", ["fastadam", "opt-grads", "roofline", "divider", "torch-fused", "fastadam-torch"]
+)
 def test_the_tail_clears_and_refill_restores(optional, name):
     peer = peers.by_name(name)
     if peer.package:
@@ -146,6 +151,39 @@ def test_the_tail_clears_and_refill_restores(optional, name):
     for grad, source in contender.filled:
         np.testing.assert_array_equal(grad, source)
         assert not np.shares_memory(grad, source)
+
+
+@pytest.mark.parametrize("name", ["fastadam", "torch-fused", "optax", "thinc"])
+def test_one_by_one_is_an_optimizer_for_each(optional, name):
+    """Without the tail, whose norm is over all gradients, the bits are those of one for all."""
+    peer = peers.by_name(name)
+    if peer.package:
+        optional(peer.package)
+    given = (*w.draw([(1_024,), (7,), (1_024,)], "float32"), False)
+    one, many = (peer.contender(workload, *given) for workload in ("many", "one-by-one"))
+    assert type(one) is peer.make
+    assert [type(each) for each in many.each] == [peer.make] * 3
+    for contender in (one, many):
+        for _ in range(3):
+            contender.refill()
+            contender.step()
+        contender.wait()
+    assert many.clears_grads == one.clears_grads
+    assert many.threads() == one.threads()
+    for own, expected in zip(many.values(), one.values(), strict=True):
+        np.testing.assert_array_equal(own, expected)
+
+
+def test_who_is_slow_to_make_takes_no_part_one_by_one():
+    with pytest.raises(NotImplementedError, match="takes it a second"):
+        peers.by_name("deepspeed").contender("one-by-one", [], [], False)
+
+
+def test_one_by_one_compiles_once(optional):
+    optional("optax")
+    given = (*w.draw([(5,)] * 4, "float32"), False)
+    many = peers.by_name("optax").contender("one-by-one", *given)
+    assert len({one._update for one in many.each}) == 1
 
 
 @pytest.mark.parametrize("tail", [False, True])
@@ -488,11 +526,12 @@ def test_describe_names_the_cause():
 
 # What is shown
 
+TORCH = ("torch-fused", "torch-foreach", "fastadam-torch")
 EVERYONE = [
     peers.by_name(name)
     for name in (
-        *("opt-grads", "roofline", "divider", "torch-fused", "torch-foreach", "deepspeed"),
-        *("optax", "thinc", "scikit-learn"),
+        *("opt-grads", "roofline", "divider", "torch-fused", "torch-foreach", "fastadam-torch"),
+        *("deepspeed", "optax", "thinc", "scikit-learn"),
     )
 ]
 
@@ -533,7 +572,9 @@ def test_table_fits(made_up, width):
     table = shown(made_up, width)
     assert max(map(len, table.splitlines())) <= width
     assert "…" not in table
-    assert table.count("2.00 \N{MICRO SIGN}s") == (1 if width >= 120 else table.count("fastadam"))
+    assert table.count("2.00 \N{MICRO SIGN}s") == (
+        1 if width >= 120 else table.split().count("fastadam")
+    )
     words = table.split()
     for ratio in ("4.50", "9.50", "250%", "350%"):  # torch fused, scikit-learn, the rooflines
         assert words.count(ratio) == 2
@@ -709,9 +750,10 @@ def test_who_is_not_installed_does_not_count(capsys, monkeypatch):
     monkeypatch.setattr(peers, "find_spec", there.get)
     assert cli.main(["bench", "--workload", "micro", "--workload", "mlp"]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert asked == ["roofline", "divider", "opt-grads", "torch-fused", "torch-foreach"]
+    assert asked == ["roofline", "divider", "opt-grads", *TORCH]
     assert (
-        "on 2 workloads: fastadam beside 2 other optimizers (torch fused, torch foreach)." in out
+        "on 2 workloads: fastadam beside 3 other optimizers (torch fused, torch foreach,"
+        " fastadam.torch)." in out
     )
     assert "Not measured" not in out
     absent = "DeepSpeed CPUAdam, optax, thinc, scikit-learn"

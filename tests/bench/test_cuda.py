@@ -54,12 +54,13 @@ def chosen(*arguments):
 def test_one_command_answers_all():
     sizes = (10**6, 10**7, 10**8, 10**9)
     named = ["many", "gpt2"]
-    assert chosen() == [(False, named, sizes), (True, named, (10**8,))]
-    assert chosen("--no-sizes") == [(False, named, ()), (True, named, ())]
+    step = [*named, "one-by-one"]
+    assert chosen() == [(False, step, sizes), (True, named, (10**8,))]
+    assert chosen("--no-sizes") == [(False, step, ()), (True, named, ())]
     assert chosen("--quick") == [(False, ["many"], (10**6, 10**7)), (True, ["many"], ())]
     assert chosen("--tail") == [(True, named, (10**8,))]
     assert chosen("--workload", "mlp") == [(False, ["mlp"], ())]
-    assert chosen("--sizes", "1e8") == [(False, named, (10**8,))]
+    assert chosen("--sizes", "1e8") == [(False, step, (10**8,))]
     assert chosen("--workload", "mlp", "--tail") == [(True, ["mlp"], ())]
 
 
@@ -73,7 +74,8 @@ def test_which_peers(monkeypatch):
     monkeypatch.setattr(peers, "find_spec", lambda _: object())
     names = [peer.name for peer in bench._peers(None, "cuda")]
     own = ["roofline", "opt-grads"]
-    assert names == [*own, "torch-fused", "torch-foreach", "cupy", "cupy-kernel"]
+    torchs = ["torch-fused", "torch-foreach", "fastadam-torch"]
+    assert names == [*own, *torchs, "cupy", "cupy-kernel"]
     assert [peer.name for peer in bench._peers(["none"], "cuda")] == own
     assert [peer.name for peer in bench._peers(["cupy"], "cuda")] == [*own, "cupy"]
 
@@ -109,7 +111,7 @@ def run_cli(capsys, *arguments):
     [
         (
             "--peer optax",
-            "--peer must be one of torch-fused, torch-foreach, cupy, cupy-kernel with",
+            "--peer must be one of torch-fused, torch-foreach, fastadam-torch, cupy, cupy-kernel",
         ),
         ("--peer none --peer cupy", "--peer none must not be given with others, got cupy"),
         ("--sizes 0", "must be whole numbers with commas between"),
@@ -285,7 +287,7 @@ DTYPES = pytest.mark.parametrize("dtype", ["float32", "float64"])
 @BOTH
 @DTYPES
 @pytest.mark.usefixtures("_torch_on_the_cpu")
-@pytest.mark.parametrize("name", ["torch-fused", "torch-foreach"])
+@pytest.mark.parametrize("name", ["torch-fused", "torch-foreach", "fastadam-torch"])
 def test_torch_does_the_same(name, dtype, tail):
     check_same_update(name, dtype, tail)
 
@@ -609,7 +611,11 @@ def test_worker_on_a_device(name, tail):
 @NEEDS_GPU
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "name", ["fastadam", "opt-grads", "torch-fused", "torch-foreach", "cupy", "cupy-kernel"]
+    "name",
+    [
+        *("fastadam", "opt-grads", "torch-fused", "torch-foreach", "fastadam-torch", "cupy"),
+        "cupy-kernel",
+    ],
 )
 def test_the_same_update_on_a_device(name, dtype, tail):
     peer = peers.by_name(name, "cuda")

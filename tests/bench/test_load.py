@@ -173,7 +173,7 @@ def test_turns(pids):
     seen = []
     found = load.measure(
         1,
-        with_torch=False,
+        beside=(),
         on_turn=lambda done, total, *turn: seen.append((done, total, *turn)),
         **SHORT | {"sizes": (70_000,), "passes": 2, "rounds": 2},
     )
@@ -202,7 +202,7 @@ def test_interrupt_ends_all(pids):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        load.measure(1, with_torch=False, on_turn=interrupt, **SHORT)
+        load.measure(1, beside=(), on_turn=interrupt, **SHORT)
     assert len(pids) == 3
     assert all(gone(pid) for pid in pids)
 
@@ -211,7 +211,8 @@ def test_torch_that_is_absent_is_named(monkeypatch):
     monkeypatch.setattr(load, "rows", lambda _: [load.Row(50, 0.0, False)])
     monkeypatch.setattr("fastadam.bench.peers.find_spec", lambda _: None)
     found = load.measure(0, **SHORT)
-    assert [one.reason for one in found.missing] == ["not installed: pip install torch"]
+    assert [one.contender for one in found.missing] == list(load.TORCHS)
+    assert {one.reason for one in found.missing} == {"not installed: pip install torch"}
     assert found.threads.keys() == set(load.OURS)
 
 
@@ -225,7 +226,7 @@ def quick(monkeypatch, optional):
     real = load.measure
 
     def short(number, **options):
-        options |= {"with_torch": False, "on_turn": lambda *_: None}
+        options |= {"beside": (), "on_turn": lambda *_: None}
         return real(number, **SHORT | options)
 
     monkeypatch.setattr(load, "measure", short)

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "torch": [*CORE, "adam", "functional"],
     "demo": ["", *FACADES, "checkpoint"],
     "machine": ["", *CORE, *FACADES],
-    "bench": ["", *CORE, *FACADES, "machine"],
+    "bench": ["", *CORE, *FACADES, "machine", "torch"],
     "cli": ["", *CORE, *FACADES, "checkpoint", "demo", "machine", "bench"],
     "__main__": ["cli"],
     # The public names.
