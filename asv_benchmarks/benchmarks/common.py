@@ -13,7 +13,7 @@ except ImportError:  # a commit from before there was such a thing: asv skips
 
 # The same lists on every machine, so that results have the same shape; what is not
 # installed skips itself.
-BACKENDS = ["fastadam", "opt-grads", "roofline", "torch-fused", "deepspeed"]
+BACKENDS = ["fastadam", "opt-grads", "roofline", "torch-fused", "fastadam-torch", "deepspeed"]
 DTYPES = ["float32", "float64"]
 # Those that need memory and minutes.
 LARGE = ("67M", "gpt2")
@@ -30,11 +30,16 @@ def shapes_of(name):
     need("this commit has no fastadam.bench", unless=workloads is not None)
     large = os.environ.get("FASTADAM_ASV_LARGE") == "1"
     need("FASTADAM_ASV_LARGE=1 includes it", unless=large or name not in LARGE)
+    need(f"this commit has no workload {name}", unless=name in workloads.WORKLOADS)
     return workloads.WORKLOADS[name]
 
 
-def make(backend, shapes, dtype="float32", *, tail=False):
-    """Return a contender with arrays of its own, after its first steps."""
+def make(backend, workload, dtype="float32", *, tail=False):
+    """Return a contender with arrays of its own, after its first steps.
+
+    ``workload`` is a name or, for one without, the shapes.
+    """
+    shapes = shapes_of(workload) if isinstance(workload, str) else workload
     need("this commit has no fastadam.bench", unless=peers is not None)
     try:
         peer = peers.by_name(backend)
@@ -42,7 +47,7 @@ def make(backend, shapes, dtype="float32", *, tail=False):
         raise NotImplementedError(f"this commit has no {backend}") from None
     reason = peer.why_not(dtype, tail)
     need(reason, unless=reason is None)
-    contender = peer.make(*workloads.draw(shapes, dtype), tail)
+    contender = peer.contender(workload, *workloads.draw(shapes, dtype), tail)
     # Compiles or loads the kernel, starts the threads, touches the state's memory.
     for _ in range(2):
         contender.refill()

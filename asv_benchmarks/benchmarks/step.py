@@ -46,10 +46,10 @@ class Workload(_Step):
     """The shapes of models."""
 
     param_names = ("backend", "workload")
-    params = (BACKENDS, ["micro", "mlp", "many", "20M", "gpt2"])
+    params = (BACKENDS, ["micro", "mlp", "many", "20M", "gpt2", "one-by-one"])
 
     def setup(self, backend, name):
-        self.prepare(backend, shapes_of(name))
+        self.prepare(backend, name)
 
 
 class Threads(_Step):

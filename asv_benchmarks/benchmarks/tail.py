@@ -1,6 +1,6 @@
 """The whole tail of a training step: clip, update, decay, average, zero the gradients."""
 
-from .common import BACKENDS, make, shapes_of
+from .common import BACKENDS, make
 
 
 class Tail:
@@ -15,7 +15,7 @@ class Tail:
 
     def setup(self, backend, name):
         if self.contender is None:
-            self.contender = make(backend, shapes_of(name), tail=True)
+            self.contender = make(backend, name, tail=True)
         self.contender.refill()
         self.step, self.wait = self.contender.step, self.contender.wait
 

@@ -4,6 +4,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 SUITE = Path(__file__).parents[2] / "asv_benchmarks"
@@ -20,10 +21,12 @@ def benchmarks(monkeypatch):
     return lambda name: import_module(f"benchmarks.{name}")
 
 
-@pytest.mark.parametrize("backend", ["fastadam", "opt-grads", "roofline", "torch-fused"])
+@pytest.mark.parametrize(
+    "backend", ["fastadam", "opt-grads", "roofline", "torch-fused", "fastadam-torch"]
+)
 @pytest.mark.parametrize("tail", [False, True])
 def test_backends_step(benchmarks, optional, backend, tail):
-    if backend == "torch-fused":
+    if "torch" in backend:
         optional("torch")
     contender = benchmarks("common").make(backend, [(3, 2), (5,)], "float64", tail=tail)
     assert contender.clears_grads == tail
@@ -99,6 +102,25 @@ def test_tail_and_roofline(benchmarks):
         bench = getattr(benchmarks("roofline"), name)()
         bench.setup("micro", "float32")
         assert bench.track_fraction_of_roofline("micro", "float32") > 0
+
+
+def test_drop_in(benchmarks, optional, monkeypatch):
+    """Both take the same steps, in as many optimizers and groups as there should be."""
+    optional("torch")
+    drop_in = benchmarks("drop_in")
+    monkeypatch.setattr("fastadam.bench.workloads.WORKLOADS", {"one-by-one": [(8,)] * 3})
+    found = []
+    for bench, name in ((drop_in.Torch(), "one-by-one"), (drop_in.Groups(), "scheduled")):
+        bench.setup(name)
+        found.append(bench.contenders)
+    for ours, theirs in found:
+        for one, other in zip(ours.values(), theirs.values(), strict=True):
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
+    assert [len(each.each) for each in found[0]] == [3, 3]
+    assert [len(each.opt.param_groups) for each in found[1]] == [465, 465]
+    lrs = [[group["lr"] for group in each.opt.param_groups] for each in found[1]]
+    assert lrs[0] == lrs[1]
+    assert len(set(lrs[0])) == 24
 
 
 @pytest.mark.parametrize(("option", "arrays"), [("none", 2), ("amsgrad", 3), ("both", 4)])
