@@ -344,8 +344,8 @@ def _run_load(args: argparse.Namespace) -> int:
     require("rich", extra="bench")
     if args.json != STDOUT:
         say(
-            f"Measuring steps beside {tables.busy_processes(args.load)}: about half a minute "
-            "for each size. Use the machine for nothing else meanwhile."
+            f"Measuring steps beside {tables.busy_processes(args.load)}: about a minute for "
+            "each size. Use the machine for nothing else meanwhile."
         )
     try:
         found = _measure_load(args)
