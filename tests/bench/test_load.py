@@ -216,6 +216,28 @@ def test_torch_that_is_absent_is_named(monkeypatch):
     assert found.threads.keys() == set(load.OURS)
 
 
+def test_torchs_take_part_where_nothing_is_clipped(monkeypatch, optional):
+    optional("torch")
+    plain, clipped = (load.Row(50, 0.0, clipped) for clipped in (False, True))
+    monkeypatch.setattr(load, "rows", lambda _: [plain, clipped])
+    found = load.measure(0, **SHORT)
+    assert found.missing == []
+    assert found.times.keys() == {
+        *((plain, name) for name in load.CONTENDERS),
+        *((clipped, name) for name in load.OURS),
+    }
+    assert found.ratio(plain, load.TORCHS).value > 0
+    assert found.ratio(clipped, load.TORCHS) is None
+    saved = report.load_to_dict(found, {"load": 0, "dtype": "float32"})
+    assert "torch" in saved["versions"]
+    for key in ("ratios", "geometric_means"):
+        assert [(one["contender"], one["over"], one["clipped"]) for one in saved[key]] == [
+            ("fastadam", "fastadam-1", False),
+            ("torch-fused", "fastadam-torch", False),
+            ("fastadam", "fastadam-1", True),
+        ]
+
+
 # The command
 
 
