@@ -281,6 +281,23 @@ def test_command(capsys, tmp_path):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize(
+    ("peer", "beside"),
+    [("", list(load.TORCHS)), ("--peer fastadam-torch", ["fastadam-torch"]), ("--peer none", [])],
+)
+def test_who_takes_part(monkeypatch, optional, peer, beside):
+    optional("rich")
+    asked = []
+
+    def measure_nothing(_, **options):
+        asked.append(options["beside"])
+        raise child.ChildError("enough")
+
+    monkeypatch.setattr(load, "measure", measure_nothing)
+    assert cli.main(["bench", "--load", "1", *peer.split()]) == 1
+    assert asked == [beside]
+
+
 @pytest.mark.usefixtures("quick")
 def test_command_prints_json(capsys):
     assert cli.main(["bench", "--load", "0", "--sizes", "50", "--json", "-"]) == 0
