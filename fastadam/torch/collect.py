@@ -59,29 +59,40 @@ def collect(optimizer: torch.optim.Optimizer, *, amsgrad: bool, average: bool) -
     grads: list[Tensor | None] = []
     groups: list[int] = []
     new: list[tuple[Tensor, State]] = []
-    rows = []
-    find: Any = optimizer.state.get
+    rows: list[tuple[Any, ...]] = []
     for k, group in enumerate(optimizer.param_groups):
         if bool(group["amsgrad"]) is not amsgrad:
             continue
-        for param in group["params"]:
-            grad, own = param.grad, find(param)
-            if own is None and grad is None:
-                continue
-            try:
-                row = values_of(own)
-            except (KeyError, TypeError):
-                if grad is None:  # state of somebody else's
-                    continue
-                own = completed(param, own, kept, group)
-                new.append((param, own))
-                row = values_of(own)
-            params.append(param)
-            grads.append(grad)
-            groups.append(k)
-            rows.append(row)
+        members = group["params"]
+        states: list[Any] = [*map(optimizer.state.get, members)]
+        try:
+            rows += [*map(values_of, states)]
+        except (KeyError, TypeError):  # of some there is no state yet, or not all of it
+            members, states, added = _with_state(members, states, kept, group)
+            rows += map(values_of, states)
+            new += added
+        params += members
+        grads += [param.grad for param in members]
+        groups += [k] * len(members)
     steps, *columns = zip(*rows, strict=True) if rows else [() for _ in range(1 + len(kept))]
     return Lists(params, grads, groups, steps, dict(zip(kept, columns, strict=True)), new)
+
+
+def _with_state(
+    members: Sequence[Tensor], states: Sequence[State | None], kept: Sequence[str], group: Group
+) -> tuple[list[Tensor], list[State], list[tuple[Tensor, State]]]:
+    """Return the parameters that have state or a gradient, their state, and which of it is new."""
+    params, owns, new = [], [], []
+    for param, state in zip(members, states, strict=True):
+        own = state
+        if not own or any(name not in own for name in ("step", *kept)):
+            if param.grad is None:
+                continue
+            own = completed(param, own, kept, group)
+            new.append((param, own))
+        params.append(param)
+        owns.append(own)
+    return params, owns, new
 
 
 @functools.cache

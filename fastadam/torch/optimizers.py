@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .. import functional
 from ..params import hyperparameters
@@ -149,6 +150,26 @@ class _Optimizer(torch.optim.Optimizer):
             With ``nonfinite="raise"``, for a gradient that is not finite. As
             with the others, nothing has then been changed.
         """
+        if type(self).step is _Optimizer.step and self._is_watched():
+            return self._watched_step(*() if closure is None else (closure,))
+        return self._plain_step(closure)
+
+    # Torch wraps a step that is not marked so, for hooks and for its profiler, of which most steps
+    # have none: that takes 8 us, as much as all else for one parameter. (Where a subclass has a
+    # step of its own, torch wraps that one.)
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _is_watched(self) -> bool:
+        """Whether there are hooks, or a profiler, to be told of a step."""
+        return bool(
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or torch._C._autograd._profiler_enabled()
+        )
+
+    def _plain_step(self, closure: Callable[[], Any] | None = None) -> Any:
         if self.defaults["differentiable"]:
             return _torchs_step(self, closure)
         loss = None
@@ -160,6 +181,8 @@ class _Optimizer(torch.optim.Optimizer):
         if found_inf is None or not bool(found_inf):
             self._update(1.0 if scale is None else float(scale))
         return loss
+
+    _watched_step = torch.optim.Optimizer.profile_hook_step(_plain_step)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _update(self, grad_scale: float) -> None:
