@@ -1,17 +1,16 @@
 """What `torch.load` has to be told before it takes a state_dict of ours."""
 
-import functools
 from typing import Any
 
 import numpy as np
 
 
-@functools.cache
 def allow_arrays_in_torch_load() -> None:
     """Have ``torch.load(weights_only=True)``, torch's default, take arrays of float32 and float64.
 
     Those of a ``state_dict`` that ``torch.save`` has written. Does nothing if
-    torch cannot be imported.
+    torch cannot be imported. Said each time: libraries that allow arrays for a
+    while, such as transformers, take back all that they have allowed.
     """
     try:
         import torch

@@ -705,12 +705,16 @@ class TestOptimRenewed(utils.TestCase):
         """test_step_pre_hook and test_step_post_hook: once a step, until the hook is removed."""
         for opt in self.hooked(device, dtype, optim_info):
             calls = []
+
+            def closure():
+                return 1.0
+
             register = getattr(opt, f"register_step_{when}_hook")
             handle = register(lambda opt, args, kwargs: calls.append((opt, args, kwargs)))  # noqa: B023
             opt.step()
-            opt.step(None)
+            opt.step(closure)
             # The first argument is the optimizer, in torch too.
-            assert calls == [(opt, (opt,), {}), (opt, (opt, None), {})]
+            assert calls == [(opt, (opt,), {}), (opt, (opt, closure), {})]
             handle.remove()
             opt.step()
             assert len(calls) == 2
