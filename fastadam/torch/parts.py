@@ -22,6 +22,8 @@ from .collect import OPTIONS, Group, Lists, State, Tensor, options_of
 USUAL = {torch.Tensor, torch.nn.Parameter}
 _DTYPES = {torch.float32, torch.float64}
 _DEVICES = {"cpu", "cuda"}
+# Of what gradients are clipped by, the least that may be part of their scale.
+_LEAST_CLIP = 1e-30
 _SPARSE = "Adam does not support sparse gradients, please consider SparseAdam instead"
 
 
@@ -278,8 +280,13 @@ def limit(
     lr = float(groups[first.groups[0]]["lr"])
     skipped = nonfinite == "skip" and not math.isfinite(norm)
     result = StepResult(int(first.steps[0]), lr, norm, skipped=skipped)
-    max_norm = math.inf if max_grad_norm is None else max_grad_norm
-    return result, grad_scale / clip_coefficient(norm, max_norm)
+    clip = clip_coefficient(norm, math.inf if max_grad_norm is None else max_grad_norm)
+    if clip >= _LEAST_CLIP:
+        return result, grad_scale / clip
+    if not skipped:  # by nearly 0, or NaN, as in one call: into copies
+        for part in parts:
+            part.lists.grads[:] = [None if g is None else g * clip for g in part.lists.grads]
+    return result, grad_scale
 
 
 def _total_norm(grads: Iterable[Tensor]) -> float:

@@ -139,6 +139,24 @@ def test_what_is_not_finite(names):
     assert params[-1].isnan().any()
 
 
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_clipping_what_is_not_finite(value):
+    """As `clip_grad_norm_` does: by 0, which makes NaN of the infinite one, or by NaN."""
+    ours = make(["bfloat16", "float64"])
+    theirs = copy.deepcopy(ours)
+    opt, other = AdamW(ours, max_grad_norm=1.0), torch.optim.AdamW(theirs)
+    for params in (ours, theirs):
+        give_grads(params, 0)
+        params[1].grad[0, 0] = value
+    torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+    opt.step()
+    other.step()
+    assert ours[1].isnan().any()
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.isnan(), b.isnan())
+    close([ours[0].nan_to_num()], [theirs[0].nan_to_num()])
+
+
 def test_state_in_another_order_is_brought_into_the_parameters():
     """As after a load, or after the model was moved to channels_last."""
     (param,) = make(["channels_last"])
