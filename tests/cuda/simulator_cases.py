@@ -177,7 +177,7 @@ class Lists:
         assert told[0] == told[1]
         for ours, theirs in zip((*self.device, both[1]), (*self.host, both[0]), strict=True):
             check_same([a for a in ours if a is not None], [a for a in theirs if a is not None])
-        assert self.steps[0].tolist() == self.steps[1].tolist()
+        assert [*self.steps[0]] == [*self.steps[1]]
         return told[0]
 
 
@@ -213,6 +213,21 @@ def test_lists_with_norms(rng, nonfinite):
         if nonfinite == "raise" and step == 2:
             assert "grads[1] must be finite" in told
     assert lists.steps[1].tolist() == [4 - (nonfinite != "propagate")] * 2
+
+
+def test_counts_of_lists_may_be_floats_as_torch_keeps_them(rng):
+    """On the host; hyperparameters by group beside them."""
+    params = draws(rng, [(5,), (3,), (4,)])
+    lists = Lists(params)
+    lists.steps = [[np.array(n, "f4") for n in (7, 0, 2**24)] for _ in range(2)]
+    for step in range(3):
+        grads = like(rng, params)
+        if step == 1:
+            grads[1] = None
+        lists.step(grads, lr=[0.1 * step, 0.2], groups=[1, 0, 1])
+        lists.step(like(rng, params), max_grad_norm=0.5)
+    for steps in lists.steps:
+        assert [int(n) for n in steps] == [13, 5, 2**24]
 
 
 def test_the_hosts_threads_have_no_part(rng):

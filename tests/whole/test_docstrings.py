@@ -82,3 +82,19 @@ def test_a_star_imports_nothing_of_torch():
     code = "import sys; from fastadam import *; assert not {'torch', 'fastadam.torch'}"
     code += ".intersection(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_without_torch_its_door_says_how_to_install_it():
+    code = """
+import sys
+sys.modules["torch"] = None  # as if it were not installed
+import fastadam
+for look in (lambda: fastadam.torch, lambda: __import__("fastadam.torch")):
+    try:
+        look()
+    except ImportError as error:
+        print(error, error.name)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    message = "fastadam.torch needs PyTorch: pip install torch torch\n"
+    assert (done.stdout, done.stderr) == (message * 2, "")
