@@ -91,8 +91,9 @@ def _launch_threads() -> None:
 
 def entry_point(kernel: Any) -> Any:
     """Return a kernel's own C function, whose call costs half: it looks at no argument's type."""
-    compiled = getattr(kernel, "overloads", {})
-    return next((each.entry_point for each in compiled.values()), kernel)
+    # Not by an OrderedDict's own way: it hashes keys, and turns a Ctrl-C there into a KeyError.
+    compiled = dict.values(getattr(kernel, "overloads", {}))
+    return next((each.entry_point for each in compiled), kernel)
 
 
 def cache_folder(function: Callable[..., Any]) -> str | None:
