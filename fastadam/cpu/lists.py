@@ -106,6 +106,8 @@ def look(context: Any, given: Any, writable: Any) -> Any:
                             return False
                     if row[field.BYTES] == 0:
                         start = 1
+                    elif start == 0:  # what torch makes for zeros has no memory
+                        return False
             if is_grad:
                 row[field.FOUND] = start
             if start != tensors[t, column]:
@@ -231,6 +233,8 @@ def _of_tensor(tensor: Any, name: str) -> npt.NDArray[Any]:
             f"{name} must be readable as a NumPy array without a copy, got"
             f" {kind_of(tensor)}: {error}"
         ) from error
+    if array.size and address(array) != tensor.data_ptr():  # NumPy gives it other memory
+        raise ValueError(f"{name} must have memory, got a tensor whose storage has been freed")
     return array
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from ..state import roles
@@ -122,8 +123,8 @@ def completed(param: Tensor, own: State | None, kept: Sequence[str], group: Grou
 def _new_step(param: Tensor, group: Group) -> Tensor:
     """Return a count of no steps, of torch's dtype: where the host reads it, if it may."""
     double = torch.get_default_dtype() == torch.float64 and not group["fused"]
-    return torch.zeros(
-        (),
+    return torch.tensor(  # of a number, which torch's FakeTensorMode remembers
+        0.0,
         dtype=torch.float64 if double else torch.float32,
         device=param.device if group["capturable"] else "cpu",
     )
@@ -156,4 +157,6 @@ def _plain(value: Any) -> Any:
         return value  # the same object: who remembers it need not look into it
     if isinstance(value, torch.Tensor):
         return value.item()
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
     return tuple(map(_plain, value)) if isinstance(value, tuple | list) else value

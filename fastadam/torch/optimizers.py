@@ -44,6 +44,8 @@ class _Optimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as torch's optimizers do."""
         super().add_param_group(param_group)
+        for name in ("maximize", "decoupled_weight_decay"):  # torch takes what is true or not
+            self.param_groups[-1][name] = bool(self.param_groups[-1][name])
         try:
             self._check_whole(self._max_grad_norm, self._nonfinite)
         except ValueError:
@@ -203,7 +205,7 @@ class _Optimizer(torch.optim.Optimizer):
         except Exception:  # nothing has been changed, and this is not to be either
             for param, own in before:
                 if own is None:
-                    del self.state[param]
+                    self.state.pop(param, None)  # a parameter that is there twice is refused
                 else:
                     self.state[param] = own
             raise
@@ -252,24 +254,30 @@ class _Optimizer(torch.optim.Optimizer):
     ) -> StepResult | None:
         """Take a step by `functional.adam`, and tell autograd which parameters have changed."""
         arrays: dict[str, Any] = {_ARGUMENTS[name]: each for name, each in lists.arrays.items()}
-        result = functional.adam(
-            lists.params,
-            lists.grads,
-            **arrays,
-            steps=lists.steps,
-            groups=lists.groups,
-            **options_of(self.param_groups),
-            ema_decay=self._ema_decay,
-            grad_scale=grad_scale,
-            max_grad_norm=max_grad_norm,
-            nonfinite=nonfinite,
-            num_threads=self._num_threads,
-        )
-        if result is None or not result.skipped:
-            changed = lists.params
-            if type(None) in map(type, lists.grads):
-                changed = [p for p, g in zip(changed, lists.grads, strict=True) if g is not None]
+        changed = lists.params
+        if type(None) in map(type, lists.grads):
+            changed = [p for p, g in zip(changed, lists.grads, strict=True) if g is not None]
+        try:
+            result = functional.adam(
+                lists.params,
+                lists.grads,
+                **arrays,
+                steps=lists.steps,
+                groups=lists.groups,
+                **options_of(self.param_groups),
+                ema_decay=self._ema_decay,
+                grad_scale=grad_scale,
+                max_grad_norm=max_grad_norm,
+                nonfinite=nonfinite,
+                num_threads=self._num_threads,
+            )
+            if result is None or not result.skipped:
+                torch.autograd.graph.increment_version(changed)
+        except Exception:  # nothing has been changed
+            raise
+        except BaseException:  # Ctrl-C, perhaps between the kernel and what tells autograd
             torch.autograd.graph.increment_version(changed)
+            raise
         return result
 
 

@@ -21,10 +21,13 @@ from .collect import OPTIONS, Group, Lists, State, Tensor, options_of
 
 USUAL = {torch.Tensor, torch.nn.Parameter}
 _DTYPES = {torch.float32, torch.float64}
+_TORCHS_DTYPES = _DTYPES | {torch.float16, torch.bfloat16}
 _DEVICES = {"cpu", "cuda"}
 # Of what gradients are clipped by, the least that may be part of their scale.
 _LEAST_CLIP = 1e-30
 _SPARSE = "Adam does not support sparse gradients, please consider SparseAdam instead"
+# What torch says.
+_NO_TENSOR = "API has changed, `state_steps` argument must contain a list of singleton tensors"
 
 
 class Part:
@@ -69,6 +72,7 @@ def split(lists: Lists, groups: Sequence[Group], states: Sequence[State]) -> lis
         For a sparse gradient, or a distributed parameter with state that is placed otherwise.
     """
     parts: dict[tuple[torch.device, bool], Part] = {}
+    seen: set[int] = set()
     for i, (param, grad, own) in enumerate(zip(lists.params, lists.grads, states, strict=True)):
         if grad is not None and grad.layout != torch.strided:
             raise RuntimeError(_SPARSE)
@@ -77,19 +81,24 @@ def split(lists: Lists, groups: Sequence[Group], states: Sequence[State]) -> lis
         if param.is_complex():
             row = [None if t is None else torch.view_as_real(t) for t in row]
         group, step = groups[lists.groups[i]], lists.steps[i]
+        if not isinstance(step, torch.Tensor):
+            raise RuntimeError(_NO_TENSOR)
         _check_capturable(group, param)
         by_torch = group["capturable"] or not _has_kernel(row)
+        if grad is not None and (
+            row[1]._is_zerotensor() if by_torch else not _is_readable(row[1], row[0], seen)
+        ):
+            readable = torch.empty_like(row[0], dtype=row[1].dtype).copy_(row[1])
+            row = [row[0], readable, *row[2:]]
+        if step.dtype not in _DTYPES:
+            step = own["step"] = step.to(torch.float32)
         if not by_torch:
-            if grad is not None and not _same_layout(row[1], row[0]):
-                row = [
-                    row[0],
-                    torch.empty_like(row[0], dtype=row[1].dtype).copy_(row[1]),
-                    *row[2:],
-                ]
             row = _in_c_order(row)
-            if step.device.type != "cpu" or not step.is_floating_point():
+            if step.device.type != "cpu":
                 # To where the host reads it at once, as after a load from a fused optimizer.
                 step = own["step"] = step.to("cpu", torch.float32)
+            if step.shape == (1,):
+                step = step.detach().view(())
         part = parts.setdefault((row[0].device, by_torch), Part(by_torch, lists.arrays))
         part.add(row, step, lists.groups[i])
         part.as_given &= row is whole
@@ -161,7 +170,28 @@ def _has_kernel(row: Sequence[Any]) -> bool:
         and param.device.type in _DEVICES
         and is_dense(param)
         and all(_same_layout(array, param) for array in row[2:])
+        and not any(array.is_neg() or _is_wrapper(array) for array in (param, *row[2:]))
     )
+
+
+def _is_wrapper(tensor: Tensor) -> bool:
+    """Whether a tensor is of a class that has its own way with every operation of torch's."""
+    own = getattr(type(tensor), "__torch_dispatch__", None)
+    return own is not None and own is not torch.Tensor.__torch_dispatch__
+
+
+def _is_readable(grad: Tensor, param: Tensor, seen: set[int]) -> bool:
+    """Whether a gradient's numbers lie in memory of its own, as its parameter's do.
+
+    ``seen`` is where earlier gradients lie: two parameters may have the same.
+    """
+    if grad.is_neg() or grad._is_zerotensor() or not _same_layout(grad, param):
+        return False
+    place = 0 if _is_wrapper(grad) else grad.data_ptr()
+    alone = place not in seen
+    if place:
+        seen.add(place)
+    return alone
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -199,6 +229,15 @@ def check(parts: Iterable[Part], groups: Sequence[Group]) -> None:
     for k in sorted({k for part in parts for k in part.lists.groups}):
         hyperparameters.check_options(options_of([groups[k]]), f"param_groups[{k}]: ")
     for part in parts:
+        for param, grad in zip(part.lists.params, part.lists.grads, strict=True):
+            if param.dtype not in _TORCHS_DTYPES:
+                raise TypeError(
+                    f"param.dtype must be a real float of 2 bytes or more, got {param.dtype}"
+                )
+            if grad is not None and grad.dtype != param.dtype:
+                raise TypeError(
+                    f"grad.dtype must be its parameter's, {param.dtype}, got {grad.dtype}"
+                )
         for name, arrays in part.lists.arrays.items():
             for param, array in zip(part.lists.params, arrays, strict=True):
                 for what in ("shape", "dtype"):
@@ -226,7 +265,9 @@ def step_by_torch(
         capturable, on_cpu = group["capturable"], params[0].device.type == "cpu"
         # Torch's fused kernel on the CPU takes all tensors for dense, in one order.
         fusible = on_cpu and all(
-            is_dense(param) and all(_same_layout(array, param) for array in rest)
+            is_dense(param)
+            and all(_same_layout(array, param) for array in rest)
+            and not any(array.is_neg() or _is_wrapper(array) for array in (param, *rest))
             for param, *rest in zip(params, grads, *arrays.values(), strict=True)
         )
         beta1, beta2 = group["betas"]

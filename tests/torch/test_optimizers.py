@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 
 EXTRAS = {"max_grad_norm": 0.5, "nonfinite": "skip", "ema_decay": 0.75}
@@ -486,3 +487,49 @@ def test_refused_as_by_torch(torch, cls, name):
             REFUSED[name](torch, each)
         raised.append((error.type, str(error.value)))
     assert raised[0] == raised[1]
+
+
+@pytest.mark.parametrize("set_later", [False, True])
+def test_arrays_of_numpy_as_hyperparameters(torch, cls, set_later):
+    """As `numpy.where`, in a schedule, returns a learning rate."""
+    values = {"lr": np.array(0.25), "betas": np.array([0.5, 0.75])}
+    results = []
+    for each in (cls, theirs_of(torch, cls)):
+        params = make_params(torch, (3, 2), (4,))
+        opt = each([{"params": [param], **({} if set_later else values)} for param in params])
+        if set_later:
+            for group in opt.param_groups:
+                group.update(values)
+        run(opt, params, range(3))
+        results.append(params)
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("maximize", [1, 0, None])
+def test_maximize_that_is_true_or_not(torch, cls, maximize):
+    results = []
+    for each in (cls, theirs_of(torch, cls)):
+        params = make_params(torch, (3, 2))
+        run(each(params, maximize=maximize), params, range(3))
+        results.append(params)
+    torch.testing.assert_close(*results)
+
+
+def test_ctrl_c_after_the_kernel(torch, cls, monkeypatch):
+    """Autograd is told all the same: what it has saved of the old values is not used."""
+    from fastadam import functional
+
+    params = make_params(torch, (3, 2))
+    opt = cls(params)
+    loss = (params[0] ** 2).sum()
+    adam = functional.adam
+
+    def interrupted(*args, **kwargs):
+        adam(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(functional, "adam", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        opt.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -250,3 +250,171 @@ def test_differentiable_is_torchs_own_step():
         assert hooks == [1]
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+def steps_of_both(give, *, params, steps=3, **options):
+    """Return parameters and state after steps of torch's class and of ours, each on a copy.
+
+    ``give`` gets the parameters, the optimizer and the number of a step, before that.
+    """
+    found = []
+    for cls in (torch.optim.AdamW, AdamW):
+        own = copy.deepcopy(params)
+        opt = cls(own, lr=0.1, **options)
+        for step in range(steps):
+            give_grads(own, step)
+            give(own, opt, step)
+            opt.step()
+        found.append((own, opt))
+    return found
+
+
+def assert_alike(theirs, ours, at_least=0.0):
+    (expected, other), (params, opt) = theirs, ours
+    close(params, expected, at_least)
+    for param, twin in zip(params, expected, strict=True):
+        close([opt.state[param]["exp_avg"]], [other.state[twin]["exp_avg"]])
+        assert float(opt.state[param]["step"]) == float(other.state[twin]["step"])
+
+
+@pytest.mark.parametrize("name", ["float64", "bfloat16", "gaps", "one number"])
+@pytest.mark.parametrize("at", [0, 2], ids="first from step {}".format)
+def test_gradients_of_zeros_without_memory(name, at):
+    """Torch's autograd makes such. They are zeros, which count, and no missing gradients."""
+
+    def give(params, opt, step):  # noqa: ARG001
+        if step >= at:
+            params[0].grad = torch._efficientzerotensor(params[0].shape, dtype=params[0].dtype)
+
+    both = steps_of_both(give, params=make([name]), steps=4)
+    assert_alike(*both, at_least=0.04 if name == "bfloat16" else 0.0)
+
+
+def test_a_gradient_whose_storage_is_freed():
+    """Neither zeros nor a missing gradient."""
+    params = make(["float64", "float64"])
+    opt = run(AdamW, params)
+    before = copy.deepcopy(params)
+    give_grads(params, 9)
+    params[0].grad.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"grads\[0\] must have memory"):
+        opt.step()
+    assert all(map(torch.equal, params, before))
+
+
+@pytest.mark.parametrize("what", ["grad", "param", "exp_avg"])
+@pytest.mark.parametrize("name", ["float64", "complex", "bfloat16"])
+def test_what_is_to_be_read_with_the_other_sign(what, name):
+    """As the imaginary part of a conjugate is."""
+
+    def negated(tensor):
+        return torch._neg_view(-tensor.detach())
+
+    def give(params, opt, step):
+        if what == "grad":
+            params[0].grad = negated(params[0].grad)
+        elif step == 1 and what == "param":
+            params[0].data = negated(params[0])
+        elif step == 1:
+            opt.state[params[0]][what] = negated(opt.state[params[0]][what])
+
+    assert_alike(*steps_of_both(give, params=make([name])))
+
+
+def test_one_gradient_of_two_parameters():
+    """`torch.autograd.grad` of a sum of both returns the same tensor twice."""
+
+    def give(params, opt, step):  # noqa: ARG001
+        grads = torch.autograd.grad(((params[0] + params[1]) ** 2).sum(), params)
+        assert grads[0].data_ptr() == grads[1].data_ptr()
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+
+    assert_alike(*steps_of_both(give, params=make(["float64", "float64"])))
+
+
+def test_a_parameter_that_is_there_twice():
+    params = make(["float64"])
+    opt = AdamW(params)
+    opt.param_groups.append(dict(opt.param_groups[0]))
+    give_grads(params, 0)
+    with pytest.raises(ValueError, match="must not share memory"):
+        opt.step()
+    assert not opt.state
+
+
+@pytest.mark.parametrize("name", ["float64", "bfloat16"])
+@pytest.mark.parametrize(
+    "count",
+    [torch.tensor([5.0]), torch.tensor(5), torch.tensor(5.0, dtype=torch.bfloat16)],
+    ids=["shape (1,)", "int64", "bfloat16"],
+)
+def test_counts_that_torch_takes(name, count):
+    """As other tools have written them, or who casts a whole checkpoint."""
+
+    def give(params, opt, step):
+        if step == 1:
+            opt.state[params[0]]["step"] = count.clone()
+
+    assert_alike(*steps_of_both(give, params=make([name])))
+
+
+@pytest.mark.parametrize("name", ["float64", "bfloat16"])
+def test_counts_that_are_no_tensors(name):
+    """With torch's message."""
+    params = make([name])
+    opt = run(AdamW, params)
+    opt.state[params[0]]["step"] = 4
+    with pytest.raises(RuntimeError, match="`state_steps` argument must contain"):
+        opt.step()
+
+
+@pytest.mark.parametrize("what", ["gradient", "parameter"])
+def test_a_dtype_that_torch_refuses_leaves_the_others_alone(what):
+    """Torch's kernels notice in the midst of a step."""
+    params = make(["float64", "bfloat16"])
+    opt = AdamW(params)
+    give_grads(params, 0)
+    if what == "gradient":
+        opt.step()
+        params[1].grad.data = params[1].grad.data.float()
+        message = "grad.dtype must be its parameter's, torch.bfloat16, got torch.float32"
+    else:
+        params[1].grad = None
+        params[1].data = params[1].data.to(torch.float8_e4m3fn)
+        params[1].grad = params[1].data.clone()
+        message = "param.dtype must be"
+    before = params[0].detach().clone()
+    with pytest.raises(TypeError, match=message):
+        opt.step()
+    assert torch.equal(params[0], before)
+
+
+def test_wrapper_subclasses():
+    """Tensors made of others, as torchao's of float8 are: their class knows what to do."""
+    two_tensor = pytest.importorskip("torch.testing._internal.two_tensor").TwoTensor
+    results = []
+    for cls in (torch.optim.AdamW, AdamW):
+        values = torch.linspace(-1, 1, 4)
+        params = [torch.nn.Parameter(two_tensor(values.clone(), values.clone()))]
+        params.append(torch.nn.Parameter(values.clone()))
+        opt = cls(params, lr=0.1)
+        for step in range(3):
+            grad = torch.sin(values * (step + 1))
+            params[0].grad, params[1].grad = two_tensor(grad, grad.clone()), grad.clone()
+            opt.step()
+        results.append([params[0].a.detach(), params[0].b.detach(), params[1].detach()])
+        assert type(opt.state[params[0]]["exp_avg"]) is two_tensor
+    close(*results)
+
+
+def test_fake_tensors():
+    """As who estimates the memory of a training run takes its steps."""
+    fake_tensor = pytest.importorskip("torch._subclasses.fake_tensor")
+    with fake_tensor.FakeTensorMode():
+        params = [torch.nn.Parameter(torch.empty(4, 3))]
+        opt = AdamW(params)
+        params[0].grad = torch.empty(4, 3)
+        opt.step()
+        opt.step()
+        assert opt.state[params[0]]["exp_avg"].shape == (4, 3)
