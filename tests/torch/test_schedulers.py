@@ -39,6 +39,8 @@ MAKERS = {
     ),
     "SWALR": lambda s, opt: swa_utils.SWALR(opt, swa_lr=0.05, anneal_epochs=20),  # noqa: ARG005
 }
+# SequentialLR of torch 2.7 steps its first scheduler in a way that torch warns of.
+pytestmark = pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")
 PAIRS = [(Adam, torch.optim.Adam), (AdamW, torch.optim.AdamW)]
 both = pytest.mark.parametrize(("cls", "theirs"), PAIRS, ids=["Adam", "AdamW"])
 each_maker = pytest.mark.parametrize("name", MAKERS)
@@ -88,7 +90,9 @@ def test_rates_are_as_with_torchs_class(cls, theirs, name, tensors):
         torchs.step(k)
         seen.append(ours.rates())
     assert len(set(map(str, seen))) > 1  # the scheduler does something
-    assert tensors is torch.is_tensor(ours.opt.param_groups[1]["lr"])
+    # Before torch 2.10 a scheduler may put a float in a tensor's place.
+    kinds = [type(run.opt.param_groups[1]["lr"]) for run in (ours, torchs)]
+    assert kinds[0] is kinds[1]
     torch.testing.assert_close(ours.params, torchs.params, rtol=1e-5, atol=1e-6)
 
 

@@ -43,6 +43,8 @@ torch = pytest.importorskip("torch", exc_type=ImportError)
 import torch_training  # noqa: E402
 from torch_training import SCHEDULERS, STEPS, Case, ours, torchs  # noqa: E402
 
+# SequentialLR of torch 2.7 steps its first scheduler in a way that torch warns of.
+pytestmark = pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")
 EARLY = 20  # steps
 NOISE = 12  # rounding errors of the first loss
 RATIO = 16
