@@ -62,7 +62,14 @@ def adapter_of(opt: Any) -> Adapter:
     if isinstance(opt, Adapter):
         return opt
     if not isinstance(opt, Adam):
-        raise TypeError(f"opt must be an optimizer of fastadam's, got {type(opt).__qualname__}")
+        advice = ""
+        if type(opt).__module__.startswith("fastadam.torch"):
+            advice = (
+                " of fastadam.torch; it compiles in its first step, and is saved by torch.save"
+            )
+        raise TypeError(
+            f"opt must be an optimizer of fastadam's, got {type(opt).__qualname__}{advice}"
+        )
     adapter = Adapter()
     adapter.optimizer = opt
     return adapter

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from numpy.ma import MaskedArray  # of NumPy itself imported when it is asked for
 
 _TORCH = (
-    "; fastadam.torch.Adam takes torch's parameters, and fastadam.Adam takes"
+    "; fastadam.torch.Adam and AdamW take torch's parameters, and this class takes"
     " fastadam.torch.CPUParams(model.named_parameters()).arrays"
 )
 # What to do with a parameter of another library.

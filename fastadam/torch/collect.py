@@ -1,5 +1,7 @@
 """What a step of a torch optimizer is about: lists over its groups, as `functional.adam` takes."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable, Sequence
 from operator import itemgetter

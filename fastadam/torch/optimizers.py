@@ -1,5 +1,8 @@
 """Adam and AdamW in the place of torch's: the same arguments, state and behaviour."""
 
+from __future__ import annotations
+
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -152,13 +155,13 @@ class _Optimizer(torch.optim.Optimizer):
             With ``nonfinite="raise"``, for a gradient that is not finite. As
             with the others, nothing has then been changed.
         """
-        if type(self).step is _Optimizer.step and self._is_watched():
+        if self._is_watched() and not _is_wrapped_by_torch(type(self).step):
             return self._watched_step(*() if closure is None else (closure,))
         return self._plain_step(closure)
 
     # Torch wraps a step that is not marked so, for hooks and for its profiler, of which most steps
     # have none: that takes 8 us, as much as all else for one parameter. (Where a subclass has a
-    # step of its own, torch wraps that one.)
+    # step of its own, torch wraps that one, and it is that wrapper that tells the hooks.)
     step.hooked = True  # type: ignore[attr-defined]
 
     def _is_watched(self) -> bool:
@@ -279,6 +282,20 @@ class _Optimizer(torch.optim.Optimizer):
             torch.autograd.graph.increment_version(changed)
             raise
         return result
+
+
+_TORCHS_WRAPPER = torch.optim.Optimizer.profile_hook_step(_Optimizer._plain_step)
+
+
+@functools.cache
+def _is_wrapped_by_torch(step: Any) -> bool:
+    """Whether torch's wrapper for hooks is around a step, perhaps below wrappers of the user's."""
+    code = getattr(_TORCHS_WRAPPER, "__code__", None)
+    while step is not None:
+        if getattr(step, "__code__", None) is code:
+            return True
+        step = getattr(step, "__wrapped__", None)
+    return False
 
 
 def _torchs_step(optimizer: Any, closure: Callable[[], Any] | None) -> Any:

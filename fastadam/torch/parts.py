@@ -5,6 +5,8 @@ precision, memory with gaps, other devices than the CPU's and CUDA's, and CUDA g
 (``capturable``) are left to torch's own kernels.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any

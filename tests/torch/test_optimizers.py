@@ -1,6 +1,7 @@
 """Contracts of fastadam.torch's Adam and AdamW of which torch's own tests say nothing."""
 
 import copy
+import functools
 import io
 import pickle
 
@@ -533,3 +534,41 @@ def test_ctrl_c_after_the_kernel(torch, cls, monkeypatch):
         opt.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def timed(step):
+    """A wrapper as of a tracer's."""
+
+    @functools.wraps(step)
+    def wrapper(*args, **kwargs):
+        return step(*args, **kwargs)
+
+    return wrapper
+
+
+@pytest.mark.parametrize("how", ["own step", "wrapped", "wrapped in place", "wrapped twice"])
+def test_hooks_run_once_whoever_wraps_the_step(torch, cls, how):
+    class Own(cls):
+        pass
+
+    if how == "own step":
+
+        def step(self, closure=None):
+            return super(Own, self).step(closure)
+
+        Own.step = step
+    elif how != "wrapped in place":
+        Own.step = timed(cls.step)
+    (param,) = make_params(torch, (3,))
+    opt = Own([param])
+    if how == "wrapped in place":
+        Own.step = timed(Own.step)
+    if how == "wrapped twice":
+        Own.step = timed(Own.step)
+    calls = []
+    opt.register_step_pre_hook(lambda *_: calls.append("pre"))
+    opt.register_step_post_hook(lambda *_: calls.append("post"))
+    param.grad = torch.ones_like(param)
+    opt.step()
+    assert calls == ["pre", "post"]
+    assert opt.state[param]["step"] == 1
