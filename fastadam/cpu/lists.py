@@ -4,7 +4,9 @@ The twin of `gradients`, for `fastadam.functional`: nothing of the user's is kep
 so parameters and state are looked at each time, as gradients are.
 """
 
+import ctypes
 import functools
+import sys
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -13,6 +15,7 @@ import numpy.typing as npt
 from numba import types
 
 from ..params.arrays import (
+    DTYPES,
     address,
     as_plain,
     check_alike,
@@ -224,8 +227,18 @@ def plain(given: Given) -> Given:
     )
 
 
+_DTYPES_OF_TORCH = {f"torch.{dtype.name}": dtype for dtype in DTYPES}
+
+
 def _of_tensor(tensor: Any, name: str) -> npt.NDArray[Any]:
-    """Return a plain array over the memory of one of torch's, whether or not it requires grad."""
+    """Return a plain array over the memory of one of torch's, whether or not it requires grad.
+
+    The caller keeps the tensor. Not by ``tensor.numpy()``, after which torch refuses to resize
+    the tensor's storage, as engines do to free its memory.
+    """
+    dtype = _DTYPES_OF_TORCH.get(str(tensor.dtype))
+    if dtype is not None and _is_plain_tensor(tensor):
+        return _over(tensor, dtype, name)
     try:
         array: npt.NDArray[Any] = tensor.detach().numpy()
     except Exception as error:  # of a dtype or a layout that NumPy has not
@@ -233,9 +246,34 @@ def _of_tensor(tensor: Any, name: str) -> npt.NDArray[Any]:
             f"{name} must be readable as a NumPy array without a copy, got"
             f" {kind_of(tensor)}: {error}"
         ) from error
-    if array.size and address(array) != tensor.data_ptr():  # NumPy gives it other memory
-        raise ValueError(f"{name} must have memory, got a tensor whose storage has been freed")
     return array
+
+
+def _is_plain_tensor(tensor: Any) -> bool:
+    """Whether a tensor's numbers lie in the host's memory as they are."""
+    torch: Any = sys.modules.get("torch")
+    return (
+        torch is not None
+        and type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and tensor.device.type == "cpu"
+        and tensor.layout is torch.strided
+        and not tensor.is_neg()
+    )
+
+
+def _over(tensor: Any, dtype: np.dtype[Any], name: str) -> npt.NDArray[Any]:
+    """Return an array over a tensor's memory."""
+    shape = tuple(tensor.shape)
+    if 0 in shape:
+        return np.empty(shape, dtype)
+    place = tensor.data_ptr()
+    if place == 0:
+        raise ValueError(f"{name} must have memory, got a tensor whose storage has been freed")
+    strides = [dtype.itemsize * stride for stride in tensor.stride()]
+    pairs = zip(shape, strides, strict=True)
+    extent = dtype.itemsize + sum((length - 1) * stride for length, stride in pairs)
+    memory = (ctypes.c_char * extent).from_address(place)
+    return np.ndarray(shape, dtype, memory, strides=strides)
 
 
 class Lists:

@@ -5,9 +5,15 @@ NumPy arrays: those of a ``state_dict`` that ``torch.save`` has written.
 """
 
 try:
-    import torch as _torch  # noqa: F401
+    import torch as _torch
 except ModuleNotFoundError as error:
     raise ImportError("fastadam.torch needs PyTorch: pip install torch", name="torch") from error
+if tuple(map(int, _torch.__version__.split(".")[:2])) < (2, 7):
+    raise ImportError(
+        f"fastadam.torch needs PyTorch 2.7 or later: pip install -U torch, got"
+        f" {_torch.__version__}",
+        name="torch",
+    )
 
 from ..state.torch_load import allow_arrays_in_torch_load
 from .cpu_params import CPUParams

@@ -15,7 +15,16 @@ from ..params.types import Nonfinite
 from ..state import roles
 from ..update.result import StepResult
 from .collect import Lists, Tensor, collect, options_of
-from .parts import USUAL, check, is_flat_shard, limit, one_call, split, step_by_torch
+from .parts import (
+    USUAL,
+    check,
+    is_flat_shard,
+    limit,
+    nonfinite_message,
+    one_call,
+    split,
+    step_by_torch,
+)
 
 _ARGUMENTS = {role.name: role.argument for role in roles.ROLES}
 _EXTRAS = ("_max_grad_norm", "_nonfinite", "_ema_decay", "_num_threads")
@@ -198,19 +207,18 @@ class _Optimizer(torch.optim.Optimizer):
         ]
         several = [lists for lists in several if lists.params]
         new = [pair for lists in several for pair in lists.new]
-        if not new:
-            self._take(several, grad_scale)
-            return
         before = [(param, self.state.get(param)) for param, _ in new]
         self.state.update(new)
         try:
             self._take(several, grad_scale)
-        except Exception:  # nothing has been changed, and this is not to be either
+        except Exception as error:  # nothing has been changed, and this is not to be either
             for param, own in before:
                 if own is None:
                     self.state.pop(param, None)  # a parameter that is there twice is refused
                 else:
                     self.state[param] = own
+            if isinstance(error, FloatingPointError):
+                raise FloatingPointError(nonfinite_message(self.param_groups) or error) from None
             raise
 
     def _take(self, several: Sequence[Lists], grad_scale: float) -> None:

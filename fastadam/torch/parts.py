@@ -343,3 +343,20 @@ def _total_norm(grads: Iterable[Tensor]) -> float:
         total = torch.linalg.vector_norm(torch.stack(norms))
         squares += float(total.full_tensor() if hasattr(total, "full_tensor") else total) ** 2
     return math.sqrt(squares)
+
+
+def nonfinite_message(groups: Sequence[Group]) -> str | None:
+    """Return a message on the first gradient here that is not finite, if there is one."""
+    for k, group in enumerate(groups):
+        for j, param in enumerate(group["params"]):
+            grad = None if param.grad is None else param.grad.detach()
+            if grad is not None and not bool(torch.isfinite(grad).all()):
+                grad = grad.to_local() if hasattr(grad, "to_local") else grad
+                names = group.get("param_names")
+                name = f"{names[j]!r}, " if names else ""
+                place = torch.nonzero(~torch.isfinite(grad))[:1].flatten().tolist()
+                got = f", got {grad[tuple(place)].item()} at {place}" if place else ""
+                return (
+                    f"the gradient of {name}param_groups[{k}]['params'][{j}], must be finite{got}"
+                )
+    return None

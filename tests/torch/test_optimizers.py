@@ -4,6 +4,8 @@ import copy
 import functools
 import io
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -572,3 +574,24 @@ def test_hooks_run_once_whoever_wraps_the_step(torch, cls, how):
     opt.step()
     assert calls == ["pre", "post"]
     assert opt.state[param]["step"] == 1
+
+
+def test_storage_can_be_resized_after_a_step(torch, cls):
+    """As engines do that free memory for a while."""
+    (param,) = make_params(torch, (3,))
+    opt = cls([param])
+    opt.step()
+    for tensor in (param, param.grad, opt.state[param]["exp_avg"]):
+        storage = tensor.untyped_storage()
+        storage.resize_(0)
+        storage.resize_(12)
+
+
+@pytest.mark.usefixtures("torch")
+def test_torch_that_is_too_old():
+    code = "import torch; torch.__version__ = '2.6.1+cpu'; import fastadam.torch"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    message = (
+        "ImportError: fastadam.torch needs PyTorch 2.7 or later: pip install -U torch, got 2.6"
+    )
+    assert message in done.stderr

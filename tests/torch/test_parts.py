@@ -126,7 +126,8 @@ def test_what_is_not_finite(names):
     opt.step()
     assert opt.result.skipped
     opt.nonfinite = "raise"
-    with pytest.raises(FloatingPointError):
+    place = rf"\['params'\]\[{len(names) - 1}\], must be finite, got nan at \[0, 0\]"
+    with pytest.raises(FloatingPointError, match=place):
         opt.step()
     after = params, opt.state_dict()
     for a, b in zip(before[0], after[0], strict=True):
@@ -137,6 +138,19 @@ def test_what_is_not_finite(names):
     opt.nonfinite = "propagate"
     opt.step()
     assert params[-1].isnan().any()
+
+
+def test_what_is_not_finite_is_named():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    opt = AdamW(model.named_parameters(), nonfinite="raise")
+    model(torch.ones(2)).backward()
+    model[0].weight.grad = None
+    model[1].bias.grad.fill_(-math.inf)
+    message = (
+        r"^the gradient of '1.bias', param_groups\[0\]\['params'\]\[3\], must be finite, got -inf"
+    )
+    with pytest.raises(FloatingPointError, match=message):
+        opt.step()
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
