@@ -67,7 +67,8 @@ def vector_loops(kind, text):
                 for line in block.splitlines()
                 if re.search(r"%[xyz]mm\d+", line)
                 and re.search(r"\((?!%rsp|%rip)", line)
-                and "{1to" not in line  # a constant, for which there was no register left
+                # Constants for which there was no register left.
+                and not re.search(r"\{1to|broadcast", line)
             ]
             written = sum(line.rstrip().endswith(")") for line in touching)
             yield (len(touching) - written) / roots, written / roots
