@@ -1,6 +1,7 @@
 """Checks of one array on the CPU: can it be a parameter, or a parameter's gradient."""
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -132,24 +133,31 @@ def same_order(array: npt.NDArray[Any], param: npt.NDArray[Any]) -> bool:
         return array.flags.c_contiguous
     if param.flags.f_contiguous:
         return array.flags.f_contiguous
-    return _long_strides(array) == _long_strides(param)
+    return long_strides(array.shape, array.strides) == long_strides(param.shape, param.strides)
 
 
 def is_dense(array: npt.NDArray[Any]) -> bool:
     """Whether an array's elements fill its memory, with its axes in any order."""
     if array.flags.c_contiguous or array.flags.f_contiguous:
         return True
-    size = array.itemsize
-    for stride, length in sorted(_long_strides(array)):
+    return fills_memory(array.shape, array.strides, array.itemsize)
+
+
+def fills_memory(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> bool:
+    """Whether elements of such strides leave no gap, the axes in any order."""
+    size = itemsize
+    for stride, length in sorted(long_strides(shape, strides)):
         if stride != size:
             return False
         size *= length
     return True
 
 
-def _long_strides(array: npt.NDArray[Any]) -> list[tuple[int, int]]:
-    """Return stride and length of each axis that has more than one element."""
-    pairs = zip(array.strides, array.shape, strict=True)
+def long_strides(shape: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:
+    """Return stride and length of each axis of more than one element; none of an empty array's."""
+    if 0 in shape:
+        return []
+    pairs = zip(strides, shape, strict=True)
     return [(stride, length) for stride, length in pairs if length != 1]
 
 

@@ -292,13 +292,10 @@ class _Optimizer(torch.optim.Optimizer):
         return result
 
 
-_TORCHS_WRAPPER = torch.optim.Optimizer.profile_hook_step(_Optimizer._plain_step)
-
-
 @functools.cache
 def _is_wrapped_by_torch(step: Any) -> bool:
     """Whether torch's wrapper for hooks is around a step, perhaps below wrappers of the user's."""
-    code = getattr(_TORCHS_WRAPPER, "__code__", None)
+    code = getattr(_Optimizer._watched_step, "__code__", None)
     while step is not None:
         if getattr(step, "__code__", None) is code:
             return True

@@ -16,6 +16,7 @@ from torch.optim.adam import adam as torchs_adam
 from torch.optim.optimizer import _get_capturable_supported_devices
 
 from ..params import hyperparameters
+from ..params.arrays import fills_memory, long_strides
 from ..params.types import Nonfinite
 from ..update.limits import clip_coefficient
 from ..update.result import StepResult
@@ -198,24 +199,14 @@ def _is_readable(grad: Tensor, param: Tensor, seen: set[int]) -> bool:
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether a tensor's elements fill its memory without gaps, its axes in any order."""
-    size = 1
-    for stride, length in sorted(_long_strides(tensor)):
-        if stride != size:
-            return False
-        size *= length
-    return True
+    return fills_memory(tensor.shape, tensor.stride(), 1)
 
 
 def _same_layout(tensor: Tensor, param: Tensor) -> bool:
-    return tensor.stride() == param.stride() or _long_strides(tensor) == _long_strides(param)
-
-
-def _long_strides(tensor: Tensor) -> list[tuple[int, int]]:
-    """Return stride and length of each axis of more than one element."""
-    if tensor.numel() == 0:
-        return []
-    pairs = zip(tensor.stride(), tensor.shape, strict=True)
-    return [(stride, length) for stride, length in pairs if length != 1]
+    strides, others = tensor.stride(), param.stride()
+    return strides == others or (
+        long_strides(tensor.shape, strides) == long_strides(param.shape, others)
+    )
 
 
 def check(parts: Iterable[Part], groups: Sequence[Group]) -> None:
